@@ -1,0 +1,87 @@
+"""Which files a converted checkpoint has, and what each holds, in order. docs/formats.md is the specification."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from ..config import Config
+
+FORMAT = 1
+ALIGN = 4096  # bytes; where the data region of every file starts: a page, and a unit of O_DIRECT
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I32": 4, "I64": 8, "F64": 8, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file: its name, safetensors dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+def block_file(i: int) -> str:
+    return f"block-{i:02d}.safetensors"
+
+
+WTE_FILE = "wte.safetensors"
+HEAD_FILE = "head.safetensors"
+
+
+def block_tensors(config: Config) -> list[Tensor]:
+    """A block's tensors in the order in which it reads them. N outputs x K inputs, rows contiguous."""
+    d, inner = config.n_embd, config.n_inner
+    return [
+        Tensor("ln_1.weight", "F32", (d,)),
+        Tensor("ln_1.bias", "F32", (d,)),
+        Tensor("in.weight", "F16", (3 * d + inner, d)),  # rows: q, k, v (each head by head), fc_in
+        Tensor("in.bias", "F32", (inner,)),  # fc_in's; q, k and v have none
+        Tensor("out.weight", "F16", (d, d + inner)),  # columns: out_proj, fc_out
+        Tensor("out.bias", "F32", (d,)),  # fc_out's; out_proj has none
+    ]
+
+
+def wte_tensors(config: Config) -> list[Tensor]:
+    return [Tensor("wte.weight", "F16", (config.vocab_size, config.n_embd))]
+
+
+def head_tensors(config: Config) -> list[Tensor]:
+    d, v = config.n_embd, config.vocab_size
+    return [
+        Tensor("ln_f.weight", "F32", (d,)),
+        Tensor("ln_f.bias", "F32", (d,)),
+        Tensor("lm_head.weight", "F16", (v, d)),
+        Tensor("lm_head.bias", "F32", (v,)),
+    ]
+
+
+def files_of(config: Config) -> dict[str, list[Tensor]]:
+    """Every weights file of a checkpoint -> its tensors in stored order; in the order in which a token meets them."""
+    files = {WTE_FILE: wte_tensors(config)}
+    for i in range(config.n_layer):
+        files[block_file(i)] = block_tensors(config)
+    files[HEAD_FILE] = head_tensors(config)
+    return files
+
+
+def write_header(file: BinaryIO, tensors: list[Tensor]) -> int:
+    """Write the safetensors header, padded with spaces so that the data starts at a multiple of ALIGN.
+
+    Returns the position where the data starts; the tensors follow it in their order, without gaps.
+    """
+    entries: dict = {"__metadata__": {"format": f"moss-jt {FORMAT}"}}
+    at = 0
+    for t in tensors:
+        entries[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
+        at += t.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    start = -(-(8 + len(text)) // ALIGN) * ALIGN
+    file.write((start - 8).to_bytes(8, "little") + text.ljust(start - 8))
+    return start

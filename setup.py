@@ -1,0 +1,48 @@
+from pathlib import Path
+
+from setuptools import setup
+
+# The folders beside moss_jt/ install inside its namespace, so that one import name holds everything.
+FOLDERS = {
+    "moss_jt": "moss_jt",
+    "moss_jt.convert": "convert",
+    "moss_jt.kernels_cpu": "kernels_cpu",
+}
+
+
+def packages() -> dict[str, str]:
+    found = dict(FOLDERS)
+    for init in sorted(Path("moss_jt").glob("*/**/__init__.py")):
+        found[".".join(init.parent.parts)] = str(init.parent)
+    return found
+
+
+parity = ["torch==2.13.0", "transformers>=4.40"]  # an independent implementation, for tests only
+test = ["pytest>=7", "hypothesis>=6", "ruff>=0.4"]
+
+setup(
+    name="moss-jt",
+    version="0.1.0",
+    description="MOSS (moss-moon-003, 16 B) in Jittor, on the machine you already have",
+    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.9,<3.13",
+    package_dir=packages(),
+    packages=list(packages()),
+    package_data={"moss_jt.kernels_cpu": ["*.h"]},
+    install_requires=[
+        "jittor==1.3.11.0",
+        "numpy>=1.22,<2",  # with numpy 2, Jittor 1.3.11 returns garbage silently
+        "setuptools",  # Jittor imports it to find the compiler, and Python 3.12's venv comes without
+        "click>=8.1",
+        "rich>=13",
+        "prompt_toolkit>=3.0.36",
+        "safetensors>=0.4",
+        "tokenizers>=0.15",
+        "sentencepiece>=0.1.99",
+        "huggingface_hub>=0.23",
+    ],
+    extras_require={"test": test, "parity": parity},
+    entry_points={"console_scripts": ["moss-jt = moss_jt.cli:main"]},
+)
