@@ -53,11 +53,11 @@ class Config:
 
     def _check(self, where: str) -> None:
         if self.n_head % MP_NUM:
-            raise MossError(f"{where}: n_head {self.n_head} is not a multiple of {MP_NUM}, which MOSS's layout of qkv_proj needs")
+            raise MossError(f"{where}: n_head {self.n_head} is not a multiple of {MP_NUM}, as the layout of qkv_proj needs")
         if self.n_embd % self.n_head:
             raise MossError(f"{where}: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if self.rotary_dim % 2 or self.rotary_dim > self.head_size:
-            raise MossError(f"{where}: rotary_dim {self.rotary_dim} must be even and at most {self.head_size}, the size of a head")
+            raise MossError(f"{where}: rotary_dim {self.rotary_dim} must be even and at most {self.head_size}, a head's size")
 
 
 def read_json(folder: str | Path) -> dict:
@@ -91,7 +91,7 @@ def _refuse_other_architectures(raw: dict, where: str) -> None:
             "not moss-moon-003's; it is not supported"
         )
     missing = [k for k in ("n_embd", "rotary_dim") if k not in raw]
-    raise MossError(f"{where}: {' and '.join(missing)} missing (model_type {raw.get('model_type')!r}): not a moss-moon-003 model")
+    raise MossError(f"{where}: {' and '.join(missing)} missing: not a moss-moon-003 model")
 
 
 def _positive(raw: dict, name: str, where: str) -> int:
