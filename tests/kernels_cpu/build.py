@@ -1,0 +1,95 @@
+"""Compiles kernels_cpu/ by itself, without Jittor, for each instruction set, and calls it through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels_cpu"
+
+# The flags Jittor adds to every operator, so that what is tested is what runs (-Ofast reorders sums and assumes finite numbers).
+FLAGS = ["-std=c++14", "-Ofast", "-fopenmp", "-fPIC", "-shared"]
+ISAS = {
+    "avx512": ["-march=native"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "plain": ["-DMOSS_PLAIN"],
+}
+
+SOURCE = r"""
+#include "attention.h"
+#include "layer_norm.h"
+#include "linear.h"
+using namespace moss;
+typedef int64_t i64;
+extern "C" {
+int lanes() { return VEC; }
+void c_to_float(const f16* h, float* f, i64 n) { for (i64 i = 0; i < n; i++) f[i] = to_float(h[i]); }
+void c_load_f16(const f16* h, float* f, i64 n) {
+    i64 i = 0;
+    for (; i + VEC <= n; i += VEC) store(f + i, load_f16(h + i));
+    if (i < n) store_n(f + i, load_f16_n(h + i, (int)(n - i)), (int)(n - i));
+}
+void c_to_f16(const float* f, f16* h, i64 n) { for (i64 i = 0; i < n; i++) h[i] = to_f16(f[i]); }
+void c_exp(float* f, i64 n) { map(f, n, [](vec v, i64, int) { return moss::exp(v); }); }
+void c_gelu_new(float* f, i64 n) { map(f, n, [](vec v, i64, int) { return gelu_new(v); }); }
+void c_layer_norm(const float* x, const float* w, const float* b, float* y, i64 T, i64 D, double eps) {
+    layer_norm(x, w, b, y, T, D, (float)eps);
+}
+void c_linear_in(const float* x, const f16* w, const float* b, float* y, i64 T, i64 N, i64 K, i64 I) {
+    linear_in(x, w, b, y, T, N, K, I);
+}
+void c_linear_out(const float* a, const float* m, const f16* w, const float* b, const float* r, float* y,
+                  i64 T, i64 N, i64 A, i64 I, i64 M) { linear_out(a, m, w, b, r, y, T, N, A, I, M); }
+void c_linear_head(const float* x, const f16* w, const float* b, float* y, i64 T, i64 N, i64 K) {
+    linear_head(x, w, b, y, T, N, K);
+}
+void c_attention(const float* y, i64 Y, const float* angles, f16* k, f16* v, float* out, i64 H, i64 S, i64 rotary, i64 C,
+                 i64 start, i64 T) { attention(y, Y, angles, k, v, out, Heads{H, S, rotary, C}, start, T); }
+}
+"""
+
+
+def supported(isa: str) -> bool:
+    """Whether this machine can run code compiled for the instruction set."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    needs = {"avx512": {"avx512f", "avx512bw", "avx512vl"}, "avx2": {"avx2", "fma", "f16c"}, "plain": set()}
+    return needs[isa] <= set(flags)
+
+
+def build(isa: str, folder: Path) -> Kernels:
+    source, library = folder / f"{isa}.cc", folder / f"{isa}.so"
+    source.write_text(SOURCE)
+    compiler = os.environ.get("CXX", "g++")
+    subprocess.run([compiler, *FLAGS, *ISAS[isa], f"-I{KERNELS}", str(source), "-o", str(library)], check=True)
+    return Kernels(ctypes.CDLL(str(library)))
+
+
+class Kernels:
+    """Calls ``c_NAME`` of the library: numpy arrays go as pointers, whole numbers as int64, floats as double."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self._library = library
+
+    def __getattr__(self, name: str):
+        function = getattr(self._library, f"c_{name}")
+        function.restype = None
+
+        def call(*args):
+            converted = []
+            for a in args:
+                if isinstance(a, np.ndarray):
+                    assert a.flags.c_contiguous
+                    converted.append(ctypes.c_void_p(a.ctypes.data))
+                else:
+                    converted.append(ctypes.c_double(a) if isinstance(a, float) else ctypes.c_int64(a))
+            function(*converted)
+
+        return call
+
+    @property
+    def lanes(self) -> int:
+        return self._library.lanes()
