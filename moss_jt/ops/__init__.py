@@ -1,0 +1,7 @@
+"""The model's custom operators. One file each: shapes, errors, and the ``jt.code`` that calls the kernel."""
+
+from .attention import attention
+from .layer_norm import layer_norm
+from .linear import linear_head, linear_in, linear_out
+
+__all__ = ["attention", "layer_norm", "linear_head", "linear_in", "linear_out"]
