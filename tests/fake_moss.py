@@ -1,0 +1,91 @@
+"""A Moss without a model: one token per byte, answers from a function. What `moss_jt.load` gives, as far as talking needs it.
+
+``python -m tests.fake_moss chat -m any`` is the command line with this in place of a model.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from moss_jt.chat import Conversation
+from moss_jt.errors import MossError
+
+SPECIALS = ("<|endoftext|>", "<eoh>", "<eom>", "<eot>", "<eoc>", "<eor>")
+
+
+class FakeTokenizer:
+    special_ids = frozenset(range(256, 256 + len(SPECIALS)))
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in re.split("(" + "|".join(map(re.escape, SPECIALS)) + ")", text):
+            ids += [256 + SPECIALS.index(part)] if part in SPECIALS else part.encode()
+        return ids
+
+    def decode(self, ids: list[int], skip_special: bool = False) -> str:
+        parts = (bytes([i]) if i < 256 else b"" if skip_special else SPECIALS[i - 256].encode() for i in ids)
+        return b"".join(parts).decode(errors="replace")
+
+    def token_id(self, token: str) -> int | None:
+        return 256 + SPECIALS.index(token) if token in SPECIALS else None
+
+
+@dataclass(frozen=True)
+class FakePiece:
+    id: int
+    text: str
+    seconds: float
+
+
+class FakeMoss:
+    """``answer(question) -> str`` is what it says; ``prompts`` and ``calls`` record what it was asked, in order."""
+
+    def __init__(self, context: int = 4096, answer=None, delay: float = 0.0):
+        self.context, self.delay = context, delay
+        self.config = SimpleNamespace(vocab_size=300, eos_token_id=258)
+        self.tokenizer = FakeTokenizer()
+        self.answer = answer or (lambda question: f" You said: {question}")
+        self.prompts: list[list[int]] = []
+        self.calls: list[dict] = []
+        self.cached: list[int] = []
+        self.last_stats = SimpleNamespace(
+            prompt_tokens=0, cached_tokens=0, new_tokens=0, prefill_seconds=0.0, decode_seconds=0.0
+        )
+
+    def chat(self, system: str | None = None) -> Conversation:
+        return Conversation(self, system)
+
+    def generate(self, text_or_ids, max_new_tokens: int = 256, **options):
+        ids = self.tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else list(text_or_ids)
+        if len(ids) > self.context:
+            raise MossError(f"the prompt has {len(ids)} tokens, the context {self.context}")
+        self.prompts.append(ids)
+        self.calls.append({"max_new_tokens": max_new_tokens, **options})
+        common = next((n for n, (a, b) in enumerate(zip(ids, self.cached)) if a != b), min(len(ids), len(self.cached)))
+        self.last_stats = s = SimpleNamespace(prompt_tokens=len(ids), cached_tokens=common, new_tokens=0)
+        s.prefill_seconds, s.decode_seconds = 0.5, 0.0
+        self.cached = list(ids)
+        question = self.tokenizer.decode(ids).rsplit("<|Human|>: ", 1)[-1].split("<eoh>")[0]
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for i in self.tokenizer.encode(self.answer(question) + "<eom>")[:max_new_tokens]:
+            time.sleep(self.delay)
+            s.new_tokens += 1
+            s.decode_seconds = 0.01 * (s.new_tokens - 1)
+            self.cached.append(i)
+            yield FakePiece(i, "" if i >= 256 else decoder.decode(bytes([i])), 0.01)
+
+
+def _long_or_echo(question: str) -> str:
+    return " " + "0123456789 " * 100 if question == "long" else f" You said: {question}"
+
+
+if __name__ == "__main__":
+    import moss_jt
+    from moss_jt.cli import main
+
+    moss_jt.load = lambda folder, device="auto", context=2048: FakeMoss(context, _long_or_echo, delay=0.002)
+    main()
