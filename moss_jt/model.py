@@ -27,7 +27,8 @@ class Model:
         """``context``: positions to keep a cache for, in tokens."""
         c = weights.config
         self.config, self.context = c, context
-        self.cached: list[int] = []  # the ids whose keys and values are in the cache, in order
+        self.length = 0  # tokens whose keys and values are in the cache
+        self._ids = np.zeros(context, np.int64)  # theirs
         self._jt = jittor()
         self._weights = Resident(weights)
         # Zeroed pages cost nothing until they are written, so a long context is paid for as it fills.
@@ -36,60 +37,58 @@ class Model:
         self._cache_vars = [(wrap(keys), wrap(values)) for keys, values in self._cache]
         self._angles = self._jt.array(rotary_angles(context, c.rotary_dim))
 
-    def logits(self, ids: list[int], last: int = 1) -> np.ndarray:
-        """Logits of the last ``last`` positions of a sequence, float32 (last, V).
+    def logits(self, ids, last: int = 1) -> np.ndarray:
+        """Logits of the last ``last`` positions of a sequence (ids: list or array), float32 (last, V).
 
-        What the sequence has in common with the one evaluated before is not computed again.
+        What the sequence has in common with the one evaluated before is not computed again. Raises MossError as forward.
         """
-        last = min(last, len(ids))
-        common = 0
-        for a, b in zip(ids[: len(ids) - last], self.cached):
-            if a != b:
-                break
-            common += 1
-        self.truncate(common)
-        return self.forward(ids[common:], last)
+        self.truncate(self.reusable(ids, last))
+        return self.forward(ids[self.length :], last)
+
+    def reusable(self, ids, last: int = 1) -> int:
+        """How many tokens at the start of a sequence are cached and need no evaluation, if its ``last`` logits are wanted."""
+        n = max(0, min(len(ids) - last, self.length))
+        differ = np.flatnonzero(self._ids[:n] != np.asarray(ids[:n], np.int64))
+        return int(differ[0]) if len(differ) else n
 
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens."""
-        del self.cached[length:]
+        self.length = min(self.length, length)
 
-    def forward(self, ids: list[int], last: int = 1) -> np.ndarray:
+    def forward(self, ids, last: int = 1) -> np.ndarray:
         """Evaluate ids after those cached. Returns the logits of the last ``last`` of them, float32 (last, V).
 
         Raises MossError where the context is full, or an id is not in the vocabulary. When interrupted, the tokens of
         whole chunks stay cached and nothing else has changed.
         """
+        ids = np.asarray(ids, np.int64)
         self._check(ids)
-        states = []
+        tail = np.empty((0, self.config.n_embd), np.float32)
         with self._jt.flag_scope(lazy_execution=0, no_grad=1):
-            for at in range(0, len(ids), CHUNK):
-                chunk = ids[at : at + CHUNK]
+            for chunk in np.split(ids, range(CHUNK, len(ids), CHUNK)):
                 x = self._blocks(chunk)
-                wanted = min(last - (len(ids) - at - len(chunk)), len(chunk))  # of this chunk's positions
-                if wanted > 0:
-                    states.append(x.numpy()[len(chunk) - wanted :])
-                self.cached += chunk
-            return self._head(np.concatenate(states))
+                tail = np.concatenate([tail, x.numpy()])[-last:]
+                self._ids[self.length : self.length + len(chunk)] = chunk
+                self.length += len(chunk)
+            return self._head(tail)
 
-    def _check(self, ids: list[int]) -> None:
-        if not ids:
+    def _check(self, ids: np.ndarray) -> None:
+        if ids.ndim != 1 or not len(ids):
             raise MossError("nothing to evaluate: the prompt has no tokens")
-        if len(self.cached) + len(ids) > self.context:
-            raise MossError(f"{len(self.cached) + len(ids)} tokens do not fit the context of {self.context}")
-        bad = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
-        if bad is not None:
-            raise MossError(f"token id {bad} is not in the model's vocabulary of {self.config.vocab_size}")
+        if self.length + len(ids) > self.context:
+            raise MossError(f"{self.length + len(ids)} tokens do not fit the context of {self.context}")
+        bad = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+        if len(bad):
+            raise MossError(f"token id {bad[0]} is not in the model's vocabulary of {self.config.vocab_size}")
 
-    def _blocks(self, ids: list[int]):
-        """All blocks over ids at positions len(cached) …; returns the state, Var (T, D)."""
-        start = len(self.cached)
+    def _blocks(self, ids: np.ndarray):
+        """All blocks over ids at positions ``length`` …; returns the state, Var (T, D)."""
         x = self._jt.array(self._weights.rows(ids))
         for i, (keys, values) in enumerate(self._cache_vars):
             with self._weights.block(i) as w:
                 h = ops.layer_norm(x, w["ln_1.weight"], w["ln_1.bias"], self.config.layer_norm_epsilon)
                 y = ops.linear_in(h, w["in.weight"], w["in.bias"])
-                a = ops.attention(y, self._angles, keys, values, start)
+                a = ops.attention(y, self._angles, keys, values, self.length)
                 x = ops.linear_out(a, y, w["out.weight"], w["out.bias"], x)
         return x
 

@@ -23,7 +23,7 @@ class Resident:
         self._block_vars = [_vars(arrays) for arrays in self._blocks]
         self._head_vars = _vars(self._head)
 
-    def rows(self, ids: list[int]) -> np.ndarray:
+    def rows(self, ids: np.ndarray) -> np.ndarray:
         """Rows of wte, float32 (T, D)."""
         return self._wte[ids].astype(np.float32)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels_cpu"
 
-# The flags Jittor adds to every operator, so that what is tested is what runs (-Ofast reorders sums and assumes finite numbers).
+# Jittor's own flags for an operator, so that what is tested is what runs: -Ofast reorders sums and assumes finite numbers.
 FLAGS = ["-std=c++14", "-Ofast", "-fopenmp", "-fPIC", "-shared"]
 ISAS = {
     "avx512": ["-march=native"],

@@ -1,0 +1,86 @@
+"""The library's front: a model, its tokenizer, and what one does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from .config import Config
+from .errors import MossError
+from .generate import Piece, Stats, Stop, generate
+from .model import Model
+from .runtime import jittor
+from .sampling import Sampling
+from .tokenizer import load_tokenizer
+from .weights import open_weights
+
+
+def load(folder: str | Path, device: str = "auto", context: int = 2048) -> Moss:
+    """Open a converted checkpoint for use.
+
+    device: ``"auto"``, ``"cpu"`` or ``"cuda"``. context: the tokens to keep room for, prompt and answer together; at most
+    n_ctx are, since the model was never trained beyond. Raises MossError where the folder, the device or this machine's
+    setup is at fault. The first call on a machine compiles for minutes, and says so on stderr.
+    """
+    if context < 2:
+        raise MossError(f"context is {context}, it must be 2 or more")
+    weights = open_weights(folder)
+    tokenizer = load_tokenizer(folder)
+    jittor(device)
+    return Moss(Model(weights, min(context, weights.config.n_ctx)), tokenizer)
+
+
+class Moss:
+    """A model ready to answer. Remembers the last sequence: what a new prompt shares with it is not computed again."""
+
+    def __init__(self, model: Model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        self.last_stats = Stats()  # of the last generate, kept up to date while it runs
+
+    @property
+    def config(self) -> Config:
+        return self.model.config
+
+    @property
+    def context(self) -> int:
+        return self.model.context
+
+    def logits(self, ids: Iterable[int], last: int = 1) -> np.ndarray:
+        """Logits of the last ``last`` positions of a sequence, float32 (last, V)."""
+        return self.model.logits(list(ids), last)
+
+    def generate(
+        self,
+        prompt: str | Iterable[int],
+        max_new_tokens: int = 256,
+        greedy: bool = False,
+        temperature: float = 0.7,
+        top_k: int = 40,
+        top_p: float = 0.8,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: int | str | Iterable[int | str] | None = None,
+    ) -> Iterator[Piece]:
+        """Continue a text, or ids, yielding a Piece (``.id``, ``.text``, ``.seconds``) per token.
+
+        repetition_penalty: None is 1.02 when sampling, none when greedy. stop: ids and strings that end the answer; a stop
+        token's piece is yielded, a stop string is not shown; None: the model's end token, ``<eom>`` and ``<eoc>``.
+        seed: the same seed gives the same answer. Raises MossError, at once, for values that make no sense.
+        """
+        sampling = Sampling(greedy, temperature, top_k, top_p, repetition_penalty, seed)
+        if max_new_tokens < 1:
+            raise MossError(f"max_new_tokens is {max_new_tokens}, it must be 1 or more")
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        if len(ids) >= self.context:
+            raise MossError(f"the prompt has {len(ids)} tokens and leaves no room for an answer in a context of {self.context}")
+        stops = Stop.of(stop, self.tokenizer, self.config.eos_token_id)
+        self.last_stats = Stats()
+        return generate(self.model, self.tokenizer, ids, stops, sampling, max_new_tokens, self.last_stats)
+
+    def chat(self, system: str | None = None):
+        """A Conversation; ``system`` replaces MOSS's meta instruction."""
+        from .chat import Conversation
+
+        return Conversation(self, system)
