@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from typing import BinaryIO
 
 from ..config import Config
 
 FORMAT = 1
+METADATA = {"format": f"moss-jt {FORMAT}"}  # in the header of every file
 ALIGN = 4096  # bytes; where the data region of every file starts: a page, and a unit of O_DIRECT
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I32": 4, "I64": 8, "F64": 8, "BOOL": 1}
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -69,19 +68,3 @@ def files_of(config: Config) -> dict[str, list[Tensor]]:
         files[block_file(i)] = block_tensors(config)
     files[HEAD_FILE] = head_tensors(config)
     return files
-
-
-def write_header(file: BinaryIO, tensors: list[Tensor]) -> int:
-    """Write the safetensors header, padded with spaces so that the data starts at a multiple of ALIGN.
-
-    Returns the position where the data starts; the tensors follow it in their order, without gaps.
-    """
-    entries: dict = {"__metadata__": {"format": f"moss-jt {FORMAT}"}}
-    at = 0
-    for t in tensors:
-        entries[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
-        at += t.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    start = -(-(8 + len(text)) // ALIGN) * ALIGN
-    file.write((start - 8).to_bytes(8, "little") + text.ljust(start - 8))
-    return start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +9,10 @@ import numpy as np
 
 from ..config import Config, read_json
 from ..errors import MossError
+from .header import read_header
 from .layout import ALIGN, FORMAT, HEAD_FILE, WTE_FILE, Tensor, block_file, files_of
 
 _NUMPY = {"F16": np.float16, "F32": np.float32, "I8": np.int8, "U8": np.uint8, "I32": np.int32}
-_LONGEST_HEADER = 100_000_000  # bytes; the safetensors library's own bound
 
 
 @dataclass(frozen=True)
@@ -81,47 +80,23 @@ def open_weights(folder: str | Path) -> Weights:
     return Weights(folder, config, ours["dtype"], regions)
 
 
-def read_header(path: Path) -> tuple[dict, int]:
-    """A safetensors file's header (a dict, ``__metadata__`` left out) and where its data starts. Raises MossError."""
-    try:
-        with open(path, "rb") as f:
-            size = f.seek(0, 2)
-            f.seek(0)
-            length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-                raise MossError(f"{path}: not a safetensors file, or cut short ({size:,} bytes)")
-            header = json.loads(f.read(length).decode())
-    except FileNotFoundError:
-        raise MossError(f"{path}: missing; convert the checkpoint again") from None
-    except OSError as e:
-        raise MossError(f"{path}: cannot be read: {e.strerror}") from None
-    except (ValueError, RecursionError):
-        raise MossError(f"{path}: its header is damaged; it is not a safetensors file") from None
-    if not isinstance(header, dict):
-        raise MossError(f"{path}: its header is damaged; it is not a safetensors file")
-    header.pop("__metadata__", None)
-    return header, 8 + length
-
-
 def check_file(path: Path, expected: list[Tensor]) -> Region:
     """Compare a file's header and length with what the config asks for. Raises MossError at the first difference."""
-    header, start = read_header(path)
-    at = 0
+    if not path.is_file():
+        raise MossError(f"{path}: missing; convert the checkpoint again")
+    header = read_header(path)
     for t in expected:
-        entry = header.pop(t.name, None)
-        if not isinstance(entry, dict):
+        found, _ = header.entries.get(t.name, (None, 0))
+        if found is None:
             raise MossError(f"{path}: tensor {t.name} is missing")
-        if entry.get("dtype") != t.dtype:
-            raise MossError(f"{path}: tensor {t.name} is {entry.get('dtype')}, expected {t.dtype}")
-        if entry.get("shape") != list(t.shape):
-            raise MossError(f"{path}: tensor {t.name} has shape {entry.get('shape')}, config.json asks for {list(t.shape)}")
-        if entry.get("data_offsets") != [at, at + t.nbytes]:
-            raise MossError(f"{path}: tensor {t.name} lies at {entry.get('data_offsets')}, expected {[at, at + t.nbytes]}")
-        at += t.nbytes
-    if header:
-        raise MossError(f"{path}: unexpected tensor {next(iter(header))}")
-    if start % ALIGN:
-        raise MossError(f"{path}: its data starts at byte {start}, not at a multiple of {ALIGN}")
-    if (size := path.stat().st_size) != start + at:
-        raise MossError(f"{path}: {size:,} bytes long, expected {start + at:,}; it was cut short or changed")
-    return Region(path, start, at, tuple(expected))
+        if found.dtype != t.dtype:
+            raise MossError(f"{path}: tensor {t.name} is {found.dtype}, expected {t.dtype}")
+        if found.shape != t.shape:
+            raise MossError(f"{path}: tensor {t.name} has shape {list(found.shape)}, config.json asks for {list(t.shape)}")
+    if unexpected := header.entries.keys() - {t.name for t in expected}:
+        raise MossError(f"{path}: unexpected tensor {min(unexpected)}")
+    if list(header.entries) != [t.name for t in expected]:
+        raise MossError(f"{path}: its tensors lie in the order {', '.join(header.entries)}, not in that of the format")
+    if header.start % ALIGN:
+        raise MossError(f"{path}: its data starts at byte {header.start}, not at a multiple of {ALIGN}")
+    return Region(path, header.start, sum(t.nbytes for t in expected), tuple(expected))

@@ -1,0 +1,165 @@
+"""Writes a folder that appears complete or not at all, and goes on where it was stopped. docs/formats.md describes it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Callable
+
+from ..errors import MossError
+from .copy import Advance
+
+RECORD = "convert.json"
+_SMALL_FILES = 32 << 20  # bytes of disk set aside for what is written besides the weights: mostly the tokenizer's files
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A folder to be written. ``run`` does it; what is here can be asked before."""
+
+    dst: Path
+    record: dict  # what it is made from; a folder begun with another record is not continued
+    files: dict[str, int]  # weights file -> bytes
+    prepare: Callable[[Path], None]  # writes the small files into a folder
+    write: Callable[[BinaryIO, str, Advance], None]  # writes one weights file
+    keep_record: bool = True
+
+    @property
+    def partial(self) -> Path:
+        return self.dst.with_name(self.dst.name + ".partial")
+
+    @property
+    def remaining(self) -> dict[str, int]:
+        """The files that are still to be written: one with its final name is whole."""
+        return {name: n for name, n in self.files.items() if not (self.partial / name).exists()}
+
+    @property
+    def free(self) -> int:
+        """Bytes free for it, those of a file that was cut short included: they are written anew."""
+        unfinished = sum(p.stat().st_size for p in self.partial.glob("*.tmp"))
+        return shutil.disk_usage(self.dst.parent).free + unfinished
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder is there already, made from the same source."""
+        return self.keep_record and _read_record(self.dst / RECORD) == self.record
+
+    def check(self) -> None:
+        """Raises MossError where the folder cannot be written: it exists, or there is no room."""
+        if os.path.lexists(self.dst):
+            raise MossError(f"{self.dst}: exists already; choose another destination, or delete it first")
+        if not self.dst.parent.is_dir():
+            raise MossError(f"{self.dst.parent}: no such folder to write {self.dst.name} into")
+        with _plain_errors(self):
+            needed, free = sum(self.remaining.values()) + _SMALL_FILES, self.free
+        if needed > free:
+            raise MossError(f"{self.dst}: {needed / 1e9:.2f} GB are still to be written, but only {free / 1e9:.2f} GB are free")
+
+    def run(self, progress: Progress | None = None) -> None:
+        """Write what is not there yet. Raises MossError; whatever happens, what is done stays for the next run."""
+        self.check()
+        with _plain_errors(self), self._locked():
+            self.prepare(self.partial)
+            self._write_files(progress or (lambda done, total: None))
+            for path in self.partial.iterdir():
+                _sync(path)
+            _sync(self.partial)
+            self.partial.rename(self.dst)
+            if not self.keep_record:
+                (self.dst / RECORD).unlink()
+            _sync(self.dst.parent)
+
+    def _write_files(self, progress: Progress) -> None:
+        remaining, total = self.remaining, sum(self.files.values())
+        done = total - sum(remaining.values())
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(min(done, total), total)
+
+        advance(0)
+        for name in remaining:
+            with whole_file(self.partial / name) as f:
+                self.write(f, name, advance)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Make DST.partial ours: nobody else writes into it, and it was begun from the same source."""
+        self.partial.mkdir(exist_ok=True)
+        with open(self.partial / RECORD, "a+", encoding="utf-8") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise MossError(f"{self.partial}: another conversion is writing there; wait for it, or stop it") from None
+            self._check_record(f)
+            yield
+
+    def _check_record(self, f) -> None:
+        path = self.partial / RECORD
+        if not path.exists() or not os.path.samestat(os.fstat(f.fileno()), path.stat()):
+            raise MossError(f"{self.dst}: another conversion has just finished it")
+        found = _read_record(path)
+        if found is None and [p.name for p in self.partial.iterdir()] == [RECORD]:
+            f.truncate(0)
+            f.write(json.dumps(self.record, indent=1) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        elif found != self.record:
+            raise MossError(
+                f"{self.partial}: begun from another source or with other settings; delete it to start anew, "
+                "or choose another destination"
+            )
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that has its name only once it is whole and on the disk."""
+    tmp = path.with_name(path.name + ".tmp")
+    with open(tmp, "wb") as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+    tmp.rename(path)
+    _sync(path.parent)
+
+
+def source_record(paths: list[Path]) -> list[dict]:
+    """What tells whether source files are the same as before: their names, sizes and times."""
+    stats = [(p.name, p.stat()) for p in paths]
+    return [{"name": name, "bytes": s.st_size, "mtime_ns": s.st_mtime_ns} for name, s in stats]
+
+
+def _read_record(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _plain_errors(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            kept = f"what is done is kept in {job.partial}; make room and run the same command again"
+            raise MossError(f"{job.dst}: the disk is full; {kept}") from None
+        raise MossError(f"{e.filename or job.dst}: cannot be written: {e.strerror}") from None
