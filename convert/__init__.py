@@ -12,16 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .job import Job, Progress
 
-__all__ = ["plan_weights", "weights"]
-
-
-def plan_weights(
-    src: str | Path, dst: str | Path, dtype: str = "fp16", revision: str | None = None, download: bool = True
-) -> Job:
-    """What ``weights`` would write: opens and checks the source, writes nothing. ``download=False`` also fetches nothing."""
-    from .to_moss_jt import plan
-
-    return plan(Path(src), Path(dst), dtype)
+__all__ = ["export", "plan_export", "plan_weights", "weights"]
 
 
 def weights(
@@ -31,8 +22,47 @@ def weights(
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Convert an official checkpoint, and return ``dst``."""
+    """Convert the official checkpoint ``src``, a folder or a Hub id (``revision``: its branch, tag or commit), to ``dst``.
+
+    ``dtype``: what the large matrices are stored as; fp16. ``progress(done, total)`` is called with bytes now and then.
+    ``dst`` appears when it is complete; stopped before that, the same call goes on where it was. Does nothing if ``dst`` is
+    already what this source gives. Returns ``dst``. Raises MossError for whatever the user can mend.
+    """
     job = plan_weights(src, dst, dtype, revision)
     if not job.finished:
         job.run(progress)
-    return Path(dst)
+    return job.dst
+
+
+def export(
+    src: str | Path,
+    out: str | Path,
+    format: str = "pytorch",
+    shard_size: int = 10_000_000_000,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the converted checkpoint ``src`` to ``out`` with the official names, layout and files, in fp16.
+
+    ``format``: pytorch (what the official code loads) or safetensors. ``shard_size``: most bytes of tensors in a file.
+    Every tensor that came from fp16 is bit for bit the original. Otherwise as ``weights``.
+    """
+    job = plan_export(src, out, format, shard_size)
+    job.run(progress)
+    return job.dst
+
+
+def plan_weights(
+    src: str | Path, dst: str | Path, dtype: str = "fp16", revision: str | None = None, download: bool = True
+) -> Job:
+    """What ``weights`` would write: opens and checks the source, writes nothing. ``download=False`` also fetches nothing."""
+    from .hub import locate
+    from .to_moss_jt import plan
+
+    return plan(locate(src, revision, download), Path(dst), dtype)
+
+
+def plan_export(src: str | Path, out: str | Path, format: str = "pytorch", shard_size: int = 10_000_000_000) -> Job:
+    """What ``export`` would write: opens and checks the source, writes nothing."""
+    from .to_official import plan
+
+    return plan(Path(src), Path(out), format, shard_size)

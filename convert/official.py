@@ -11,7 +11,7 @@ from ..config import Config, read_json
 from ..errors import MossError
 from ..weights.header import read_header
 from .mapping import official_shapes
-from .torchfile import open_torch
+from .torchfile import is_zip, open_torch
 from .view import View, contiguous
 
 _SAFETENSORS, _PICKLES = "*.safetensors", "pytorch_model*.bin"
@@ -66,7 +66,7 @@ def _read_index(path: Path) -> dict[str, str]:
         return {}
     try:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        plain = all(isinstance(f, str) and Path(f).name == f for f in index.values())
+        plain = all(isinstance(f, str) and Path(f).name == f and (f + name).isprintable() for name, f in index.items())
     except OSError as e:
         raise MossError(f"{path}: cannot be read: {e.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -85,6 +85,13 @@ def _complete(names: list[str], folder: Path) -> list[str]:
                 if (other := f"{start}{i:05d}-of-{of}{end}") not in names:
                     raise MossError(f"{folder / other}: missing; {name} is there, so it should be too")
     return names
+
+
+def container_of(path: Path) -> str:
+    """How a shard is stored: safetensors, or one of torch's two containers."""
+    if path.suffix == ".safetensors":
+        return "safetensors"
+    return "torch zip" if is_zip(path) else "torch legacy"
 
 
 def _open_shard(path: Path) -> dict[str, View]:

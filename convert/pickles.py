@@ -133,6 +133,8 @@ class _Machine:
 
     def push_global(self, module: str, name: str) -> None:
         found = Global(module, name)
+        if not (module + name).isprintable():
+            raise ValueError
         if found not in _GLOBALS:
             raise Forbidden(f"its pickle asks for {module}.{name}, which is no part of a tensor; nothing of it was run")
         self.push(found)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import MossError
+from ..tokenizer import write_tokenizer
 from ..weights.header import header_bytes
 from ..weights.layout import FORMAT, METADATA, files_of
 from .copy import Advance, write_tensor
@@ -54,12 +55,7 @@ def check_apart(src: Path, dst: Path) -> None:
 
 
 def _write_small_files(src: Path, folder: Path, dtype: str) -> None:
-    try:
-        from ..tokenizer import write_tokenizer
-    except ModuleNotFoundError:
-        pass
-    else:
-        write_tokenizer(src, folder)
+    write_tokenizer(src, folder)
     for name in _COPIED:
         if (src / name).is_file():
             _write(folder / name, (src / name).read_bytes())

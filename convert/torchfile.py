@@ -39,12 +39,20 @@ def open_torch(path: Path) -> dict[str, View]:
         raise MossError(f"{path}: cannot be read: {e.strerror}") from None
 
 
+def is_zip(path: Path) -> bool:
+    """Whether a file is the newer of the two containers."""
+    with open(path, "rb") as f:
+        return f.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+
+
 def _named(tensors: object):
     if not isinstance(tensors, dict) or not tensors:
         raise Refused("holds no dict of tensors, so it is not a model's checkpoint")
     for name, tensor in tensors.items():
+        if not name.isprintable():
+            raise Refused("its pickle is damaged: a tensor's name has control characters")
         if not isinstance(tensor, PickledTensor):
-            raise Refused(f"its entry {name!r} is no tensor; only a model's own tensors can be converted")
+            raise Refused(f"its {name!r} is no tensor; only a model's own tensors can be converted")
         yield name, tensor
 
 
@@ -96,26 +104,26 @@ def _find_pickle(entries: dict[str, zipfile.ZipInfo]) -> tuple[str, zipfile.ZipI
 def _place(f: BinaryIO, entry: zipfile.ZipInfo) -> tuple[int, int]:
     """Where an entry's bytes start in the file, and how many they are."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
-        raise Refused(f"its entry {entry.filename} is compressed or encrypted, which torch.save never does")
+        raise Refused(f"its entry {entry.filename!r} is compressed or encrypted, which torch.save never does")
     f.seek(max(entry.header_offset, 0))  # a damaged directory can make it negative
     header = f.read(_LOCAL_HEADER)
     name_length, extra_length = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
     if not header.startswith(_ZIP_MAGIC) or f.read(name_length) != entry.orig_filename.encode():
-        raise Refused(f"damaged: its entry {entry.filename} is not where its zip directory says")
+        raise Refused(f"damaged: its entry {entry.filename!r} is not where its zip directory says")
     start = entry.header_offset + _LOCAL_HEADER + name_length + extra_length
     if start + entry.file_size > f.seek(0, io.SEEK_END):
-        raise Refused(f"cut short: its entry {entry.filename} reaches beyond the end of the file")
+        raise Refused(f"cut short: its entry {entry.filename!r} reaches beyond the end of the file")
     return start, entry.file_size
 
 
 def _small_entry(f: BinaryIO, entry: zipfile.ZipInfo) -> bytes:
     start, size = _place(f, entry)
     if size > pickles.LONGEST:
-        raise Refused(f"its entry {entry.filename} has {size:,} bytes, more than any checkpoint needs")
+        raise Refused(f"its entry {entry.filename!r} has {size:,} bytes, more than any checkpoint needs")
     f.seek(start)
     data = f.read(size)
     if entry.CRC and zlib.crc32(data) != entry.CRC:  # torch can be told to leave checksums out; then it writes 0
-        raise Refused(f"damaged: the checksum of its entry {entry.filename} is wrong")
+        raise Refused(f"damaged: the checksum of its entry {entry.filename!r} is wrong")
     return data
 
 

@@ -57,7 +57,7 @@ class View:
 
     def read(self) -> np.ndarray:
         """The tensor as a read-only array. Raises MossError where the file ends early or cannot be read."""
-        raw = np.frombuffer(read_bytes(self.path, self.start, self.span), _HELD[self.dtype])
+        raw = read_bytes(self.path, self.start, self.span).view(_HELD[self.dtype])
         return np.lib.stride_tricks.as_strided(raw, self.shape, [s * raw.itemsize for s in self.strides], writeable=False)
 
 
@@ -70,15 +70,15 @@ def contiguous(name: str, path: Path, dtype: str, shape: tuple[int, ...], start:
     return View(name, path, dtype, shape, tuple(reversed(strides)), start)
 
 
-def read_bytes(path: Path, start: int, count: int) -> bytearray:
+def read_bytes(path: Path, start: int, count: int) -> np.ndarray:
     """Exactly ``count`` bytes from ``start``. They are read once, so the system need not keep them in memory."""
-    buffer = bytearray(count)
+    buffer = np.empty(count, np.uint8)
     try:
         fd = os.open(path, os.O_RDONLY)
         try:
             at = 0
             while at < count:
-                got = os.preadv(fd, [memoryview(buffer)[at:]], start + at)
+                got = os.preadv(fd, [buffer[at:]], start + at)
                 if not got:
                     raise MossError(f"{path}: ends before byte {start + count:,}; it was cut short while it was read")
                 at += got

@@ -10,6 +10,8 @@ from .errors import MossError
 
 # The official qkv_proj is split over its rows in this many equal parts (see docs/formats.md), so heads come in fours.
 MP_NUM = 4
+# No size is larger than this in any model; a damaged number must not make us plan for a million blocks.
+_LARGEST, _MOST_BLOCKS = 1 << 24, 1000
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Config:
     @property
     def head_size(self) -> int:
         return self.n_embd // self.n_head
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What the cache needs for one position: keys and values of all blocks in fp16."""
+        return self.n_layer * 2 * self.n_embd * 2
 
     @classmethod
     def read(cls, folder: str | Path) -> Config:
@@ -69,7 +76,7 @@ def read_json(folder: str | Path) -> dict:
         raise MossError(f"{folder}: no config.json here, so this is not a model's folder") from None
     except OSError as e:
         raise MossError(f"{path}: cannot be read: {e.strerror}") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise MossError(f"{path}: not valid JSON: {e}") from None
     if not isinstance(raw, dict):
         raise MossError(f"{path}: holds a {type(raw).__name__}, expected an object")
@@ -98,4 +105,6 @@ def _positive(raw: dict, name: str, where: str) -> int:
     value = raw.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise MossError(f"{where}: {name} is {value!r}, expected a positive whole number")
+    if value > (largest := _MOST_BLOCKS if name == "n_layer" else _LARGEST):
+        raise MossError(f"{where}: {name} is {value}, and cannot be more than {largest}")
     return value

@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Callable
+
 import click
+
+if TYPE_CHECKING:
+    from ..convert.job import Job, Progress
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class _Size(click.ParamType):
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+)\s*([A-Z]*)", str(value).strip().upper())
+        size = int(match[1]) * _UNITS.get(match[2], 0) if match else 0
+        return size or self.fail(f"{value!r} is not a size like 10GB or 500MiB", param, ctx)
+
+
+_dry_run = click.option("--dry-run", is_flag=True, help="Print what would be written; write and download nothing.")
 
 
 @click.group()
@@ -13,8 +37,106 @@ def command() -> None:
 @command.command()
 @click.argument("src")
 @click.argument("dst", type=click.Path())
-def weights(src: str, dst: str) -> None:
-    """Convert the official checkpoint in the folder SRC to DST."""
+@click.option("--dtype", type=click.Choice(["fp16"]), default="fp16", show_default=True, help="How the weights are stored.")
+@click.option("--revision", metavar="NAME", help="A branch, tag or commit, where SRC is a Hub id.")
+@_dry_run
+def weights(src: str, dst: str, dtype: str, revision: str | None, dry_run: bool) -> None:
+    """Convert an official checkpoint to the folder DST.
+
+    SRC is a folder that holds config.json, the tokenizer's files and pytorch_model*.bin or *.safetensors, or a Hub id such as
+    fnlp/moss-moon-003-sft. No code of the checkpoint is run. Stopped at any moment, the same command goes on where it was.
+    """
     from .. import convert
 
-    convert.weights(src, dst)
+    with _stoppable():
+        job = convert.plan_weights(src, dst, dtype, revision, download=not dry_run)
+        if job.finished:
+            click.echo(f"{dst}: already converted from {src}")
+        else:
+            _do(job, dry_run, f"Chat with it: moss-jt chat -m {dst}")
+
+
+@command.command()
+@click.argument("src", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option("--format", type=click.Choice(["pytorch", "safetensors"]), default="pytorch", show_default=True)
+@click.option("--shard-size", type=_Size(), default="10GB", show_default=True, help="Most bytes of tensors in a file.")
+@_dry_run
+def export(src: str, out: str, format: str, shard_size: int, dry_run: bool) -> None:
+    """Write the converted checkpoint SRC to the folder OUT with the official names and layout, in fp16.
+
+    What came from fp16 comes out bit for bit. pytorch is what the official code loads; safetensors is safer to open.
+    """
+    from .. import convert
+
+    with _stoppable():
+        _do(convert.plan_export(src, out, format, shard_size), dry_run, "")
+
+
+def _do(job: Job, dry_run: bool, afterwards: str) -> None:
+    if dry_run:
+        job.check()
+        _print_plan(job)
+        return
+    if job.partial.exists():
+        click.echo(f"{job.partial}: going on, {len(job.remaining)} of {len(job.files)} files are left", err=True)
+    with _drawn() as progress:
+        job.run(progress)
+    click.echo(f"{job.dst}: {_gb(sum(job.files.values()))} in {len(job.files)} files. {afterwards}".rstrip())
+
+
+def _print_plan(job: Job) -> None:
+    width = max(map(len, job.files))
+    for name, size in job.files.items():
+        click.echo(f"{name:<{width}}  {size:>15,} bytes{'' if name in job.remaining else '  (there already)'}")
+    left = sum(job.remaining.values())
+    click.echo(f"{job.dst}: {len(job.files)} files, {_gb(sum(job.files.values()))}, and config.json and the tokenizer's files")
+    click.echo(f"{_gb(left)} to write, {_gb(job.free)} free there; nothing was written")
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 10**7 else f"{count / 1e6:.2f} MB"
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("\nmoss-jt: stopped; the same command goes on where it was", err=True)
+        click.get_current_context().exit(130)
+
+
+@contextmanager
+def _drawn() -> Iterator[Progress]:
+    """A progress bar on a terminal, elsewhere a line every ten seconds; on stderr."""
+    if not sys.stderr.isatty():
+        yield _lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = None
+
+        def update(done: int, total: int) -> None:
+            nonlocal task
+            if task is None:
+                task = bar.add_task("", total=total, completed=done)
+            bar.update(task, completed=done)
+
+        yield update
+
+
+def _lines() -> Callable[[int, int], None]:
+    due = time.monotonic() + 10
+
+    def update(done: int, total: int) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            due += 10
+            click.echo(f"{_gb(done)} of {_gb(total)} written", err=True)
+
+    return update

@@ -78,7 +78,7 @@ def _parse(path: Path, text: bytes, size: int) -> Header:
 
 def _entry(path: Path, name: str, entry: dict) -> tuple[Tensor, int, int]:
     dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+    if not name.isprintable() or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError
     if dtype not in DTYPE_BYTES:
         raise MossError(f"{path}: tensor {name} has the dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}")

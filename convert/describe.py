@@ -1,0 +1,79 @@
+"""What a model's folder holds, official or converted, as plain data: ``moss-jt info`` draws it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+from ..config import Config
+from ..errors import MossError
+from ..weights import is_converted, open_weights
+from ..weights.layout import FORMAT, files_of
+from .mapping import official_shapes
+from .official import container_of, find_shards, open_official, problems
+
+
+def describe(folder: Path) -> dict:
+    """A dict that JSON can hold. ``problems`` lists what is wrong, one line each; [] means that the model can be used (or, an
+    official one, converted). Raises MossError where the folder is no model's at all: no config.json, another architecture."""
+    if not folder.is_dir():
+        raise MossError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    converted = is_converted(folder)
+    config = Config.read(folder)
+    found = _converted(folder, config) if converted else _official(folder)
+    per_token = config.cache_bytes_per_token
+    return {
+        "folder": str(folder),
+        "kind": "converted" if converted else "official",
+        "config": asdict(config),
+        "parameters": sum(math.prod(shape) for shape in official_shapes(config).values()),
+        "cache_bytes_per_token": per_token,
+        "cache_bytes_at_n_ctx": per_token * config.n_ctx,
+        **found,
+    }
+
+
+def _converted(folder: Path, config: Config) -> dict:
+    try:
+        weights, wrong = open_weights(folder), []
+    except MossError as e:
+        weights, wrong = None, [str(e)]
+    files = [_file(folder / name, [asdict(t) for t in tensors]) for name, tensors in files_of(config).items()]
+    return {
+        "format": FORMAT,
+        "dtype": weights.dtype if weights else None,
+        "bytes": sum(f["bytes"] for f in files),
+        "files": files,
+        "problems": wrong,
+    }
+
+
+def _official(folder: Path) -> dict:
+    try:
+        official = open_official(folder)
+    except MossError as e:
+        return {"container": None, "dtypes": {}, "tensors": None, **_files(folder), "problems": [str(e)]}
+    held = Counter(view.path for view in official.tensors.values())
+    return {
+        "container": ", ".join(sorted({container_of(p) for p in official.shards})),
+        "dtypes": dict(Counter(view.dtype for view in official.tensors.values())),
+        **_files(folder, held),
+        "tensors": {n: {"dtype": v.dtype, "shape": list(v.shape), "file": v.path.name} for n, v in official.tensors.items()},
+        "problems": problems(official),
+    }
+
+
+def _files(folder: Path, held: Counter | None = None) -> dict:
+    try:
+        shards, _ = find_shards(folder)
+    except MossError:
+        shards = ()
+    files = [{**_file(p), **({"tensors": held[p]} if held else {})} for p in shards]
+    return {"bytes": sum(f["bytes"] for f in files), "files": files}
+
+
+def _file(path: Path, tensors: list | None = None) -> dict:
+    found = {"name": path.name, "bytes": path.stat().st_size if path.is_file() else 0}
+    return found if tensors is None else {**found, "tensors": tensors}
