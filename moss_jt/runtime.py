@@ -1,28 +1,178 @@
-"""Makes Jittor importable and imports it, once."""
+"""Makes Jittor importable on this machine and imports it, once.
+
+Everything that computes gets it from here: ``jt = runtime.jittor()``.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import os
+import signal
+import ssl
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
-# Read by Jittor while it is imported. Each use_* avoids a download from its servers; nvcc_path="" keeps CUDA off.
+from . import cuda, first_compile, requirements
+from .errors import MossError
+from .machine import cores
+
+# Read by Jittor while it is imported; what the user has set stays.
 _ENVIRONMENT = {
     "log_silent": "1",
-    "use_mkl": "0",
+    "use_mkl": "0",  # this and the next four: no downloads from its servers
     "use_cutt": "0",
     "use_cutlass": "0",
     "use_nccl": "0",
     "use_mpi": "0",
-    "nvcc_path": "",
+    "conv_opt": "1",  # of CUDA's libraries only cublas and curand
+    "gdb_path": "",  # no debugger attached to a crash
+    "FIX_TORCH_ERROR": "0",  # does not import torch where that is installed
+    "use_parallel_op_compiler": "0",  # whose progress lines nothing silences
+    "DISABLE_MULTIPROCESSING": "1",  # no pool of compiler processes, kept until the end even where all is compiled
 }
+# Jittor takes these over, and then ends the process on Ctrl-C or when any child of it is killed.
+_SIGNALS = ("SIGINT", "SIGCHLD", "SIGQUIT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL")
+
+_lock = threading.RLock()
+_module: ModuleType | None = None
 
 
-def jittor(device: str = "auto") -> ModuleType:
-    """The imported ``jittor`` module. The first call may compile for minutes; later ones return at once."""
-    if "jittor" not in sys.modules:
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-    import jittor
+def jittor(device: str = "auto", threads: int | None = None) -> ModuleType:
+    """The imported ``jittor`` module. The first call on a machine compiles for minutes and says so; later ones return at once.
 
+    device: ``cuda`` has CUDA compiled in, ``cpu`` has not, ``auto`` has it where a device answers and Jittor can use its
+    toolkit; where only the toolkit is wanting, one line on stderr says why. What is imported first stays for the process.
+    threads: for OpenMP, of the calling thread's ops from now on. By default OMP_NUM_THREADS, or else every usable core.
+    Raises MossError where something is missing, naming the fix, before Jittor is imported.
+    """
+    global _module
+    if device not in ("auto", "cpu", "cuda"):
+        raise MossError(f"device is {device!r}, expected auto, cpu or cuda")
+    with _lock:
+        if _module is None:
+            _module = _adopted() if "jittor" in sys.modules else _imported(device, threads)
+    if device == "cuda" and not _module.has_cuda:
+        why = cuda.unusable(cuda.driver(), cuda.toolkit()) or "start a new process for it"
+        raise MossError(f"device cuda: Jittor was imported without CUDA in this process: {why}")
+    if threads:
+        ctypes.CDLL(None).omp_set_num_threads(threads)
+    return _module
+
+
+def _adopted() -> ModuleType:
+    """The Jittor that this process had imported before, unless it computes garbage."""
+    numpy = requirements.numpy()
+    if numpy.verdict == requirements.PROBLEM:
+        raise MossError(f"{numpy.text}: {numpy.fix}")
+    return sys.modules["jittor"]
+
+
+def _imported(device: str, threads: int | None) -> ModuleType:
+    requirements.require()
+    nvcc = _nvcc(device)
+    try:
+        return _import(nvcc, threads)
+    except MossError as e:
+        if not nvcc or device == "cuda":
+            raise
+        _say(f"using the CPU, because with CUDA: {e}")
+        return _import("", threads)
+
+
+def _nvcc(device: str) -> str:
+    """The nvcc to compile with; empty for the CPU. Raises MossError where ``cuda`` is asked and cannot be."""
+    if device == "cpu":
+        return ""
+    driver = cuda.driver()
+    if not driver.devices and device == "auto":
+        return ""
+    kit = cuda.toolkit()
+    why = cuda.unusable(driver, kit)
+    if why and device == "cuda":
+        raise MossError(f"device cuda: {why}")
+    if why:
+        _say(f"using the CPU, not the {driver.devices[0].name}: {why}")
+    return "" if why else kit.nvcc
+
+
+def _import(nvcc: str, threads: int | None) -> ModuleType:
+    chosen = {"nvcc_path": nvcc, "python_config_path": str(requirements.python_config())}
+    if threads or "OMP_NUM_THREADS" not in os.environ:
+        chosen["OMP_NUM_THREADS"] = str(threads or cores().usable)
+    with _environment(chosen), _process_kept():
+        try:
+            import jittor_utils
+
+            cache = Path(jittor_utils.cache_path)
+            first_compile.ensure(cache, Path(jittor_utils.__file__).parent.parent / "jittor", cuda=bool(nvcc))
+            import jittor
+        except MossError:
+            raise
+        except (Exception, SystemExit) as e:  # whatever its loading may raise, damaged files included
+            why = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
+            raise MossError(f"Jittor cannot be imported ({why}); to start afresh: rm -r '{requirements.cache_folder()}'") from e
     return jittor
+
+
+@contextmanager
+def _environment(chosen: dict[str, str]) -> Iterator[None]:
+    """Set the variables of ``chosen``, and those of _ENVIRONMENT that are not set, for a while."""
+    before = dict(os.environ)
+    os.environ.update({**_ENVIRONMENT, **before, **chosen})
+    try:
+        yield
+    finally:  # Jittor adds to it, too
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _process_kept() -> Iterator[None]:
+    """Put back what importing Jittor changes in the process: signal handlers, https without certificates, recursion's limit."""
+    libc, size = ctypes.CDLL(None), 1024  # a struct sigaction has 152 bytes
+    handlers = {getattr(signal, name): ctypes.create_string_buffer(size) for name in _SIGNALS}
+    for number, handler in handlers.items():
+        libc.sigaction(number, None, handler)
+    https, depth = ssl._create_default_https_context, sys.getrecursionlimit()
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            libc.sigaction(number, handler, None)
+        ssl._create_default_https_context = https
+        sys.setrecursionlimit(depth)
+
+
+@contextmanager
+def compiling(*sources: str) -> Iterator[None]:
+    """Around the first use of ops compiled from ``sources``, any texts: says on stderr that this machine now compiles them.
+
+    Says nothing where the same were compiled before. Raises MossError, naming the log, where a kernel does not compile.
+    """
+    key = hashlib.md5("\0".join(sources).encode()).hexdigest()[:16]
+    stamp = Path(jittor().flags.cache_path) / f"moss-jt-{key}.compiled"
+    if stamp.exists():
+        yield
+        return
+    _say("compiling kernels (first run only) ...")
+    start = time.monotonic()
+    try:
+        yield
+    except RuntimeError as e:
+        if "Run cmd failed" not in str(e):
+            raise
+        log = stamp.with_suffix(".log")
+        log.write_text(str(e))
+        raise MossError(f"a kernel cannot be compiled: see above and {log}; to start afresh: rm -r '{stamp.parent}'") from None
+    stamp.touch()
+    _say(f"kernels are compiled ({time.monotonic() - start:.0f} s)")
+
+
+def _say(line: str) -> None:
+    print(f"moss-jt: {line}", file=sys.stderr, flush=True)
