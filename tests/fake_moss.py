@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import codecs
 import re
+import sys
 import time
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 from moss_jt.chat import Conversation
 from moss_jt.errors import MossError
+from moss_jt.generate import Piece, Stats
 
 SPECIALS = ("<|endoftext|>", "<eoh>", "<eom>", "<eot>", "<eoc>", "<eor>")
 
@@ -34,13 +35,6 @@ class FakeTokenizer:
         return 256 + SPECIALS.index(token) if token in SPECIALS else None
 
 
-@dataclass(frozen=True)
-class FakePiece:
-    id: int
-    text: str
-    seconds: float
-
-
 class FakeMoss:
     """``answer(question) -> str`` is what it says; ``prompts`` and ``calls`` record what it was asked, in order."""
 
@@ -52,9 +46,7 @@ class FakeMoss:
         self.prompts: list[list[int]] = []
         self.calls: list[dict] = []
         self.cached: list[int] = []
-        self.last_stats = SimpleNamespace(
-            prompt_tokens=0, cached_tokens=0, new_tokens=0, prefill_seconds=0.0, decode_seconds=0.0
-        )
+        self.last_stats = Stats()
 
     def chat(self, system: str | None = None) -> Conversation:
         return Conversation(self, system)
@@ -66,26 +58,28 @@ class FakeMoss:
         self.prompts.append(ids)
         self.calls.append({"max_new_tokens": max_new_tokens, **options})
         common = next((n for n, (a, b) in enumerate(zip(ids, self.cached)) if a != b), min(len(ids), len(self.cached)))
-        self.last_stats = s = SimpleNamespace(prompt_tokens=len(ids), cached_tokens=common, new_tokens=0)
-        s.prefill_seconds, s.decode_seconds = 0.5, 0.0
+        self.last_stats = stats = Stats(len(ids), common)
         self.cached = list(ids)
         question = self.tokenizer.decode(ids).rsplit("<|Human|>: ", 1)[-1].split("<eoh>")[0]
         decoder = codecs.getincrementaldecoder("utf-8")()
         for i in self.tokenizer.encode(self.answer(question) + "<eom>")[:max_new_tokens]:
             time.sleep(self.delay)
-            s.new_tokens += 1
-            s.decode_seconds = 0.01 * (s.new_tokens - 1)
+            stats.count(0.01)
+            stats.stopped = i == 258
             self.cached.append(i)
-            yield FakePiece(i, "" if i >= 256 else decoder.decode(bytes([i])), 0.01)
+            yield Piece(i, "" if i >= 256 else decoder.decode(bytes([i])), 0.01)
 
 
-def _long_or_echo(question: str) -> str:
-    return " " + "0123456789 " * 100 if question == "long" else f" You said: {question}"
+def _echo_or_endless(question: str) -> str:
+    if question != "endless":
+        return f" You said: {question}"
+    print("answering", file=sys.stderr, flush=True)
+    return " " + "0123456789" * 10_000
 
 
 if __name__ == "__main__":
     import moss_jt
     from moss_jt.cli import main
 
-    moss_jt.load = lambda folder, device="auto", context=2048: FakeMoss(context, _long_or_echo, delay=0.002)
+    moss_jt.load = lambda folder, device="auto", context=2048: FakeMoss(context, _echo_or_endless, delay=0.002)
     main()

@@ -1,0 +1,121 @@
+"""`moss-jt chat`: a conversation in the terminal, or through a pipe."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..chat import Conversation
+from ..errors import MossError
+from . import chat_commands, ui
+from .chat_options import check_options, load_model, shared_options, system_text
+
+
+@click.command("chat")
+@shared_options
+@click.option("--load", "saved", metavar="FILE", help="Go on with a conversation that /save wrote.")
+@click.option("--stats", is_flag=True, help="Show speeds and memory after each answer.")
+def command(model: str, system: str | None, context: int, device: str, saved: str | None, stats: bool, **settings: Any) -> None:
+    """Talk with MOSS. Without a terminal, each line of standard input is a message, and only answers are printed."""
+    if sys.stdin is None:
+        raise MossError("standard input is closed, so there is no message to answer")
+    check_options(settings)
+    system = None if system is None else system_text(system)
+    signal.signal(signal.SIGTERM, _terminate)
+    moss = load_model(model, device, context)
+    session = Session(moss, system, saved, settings, stats)
+    if session.interactive:
+        ui.note(f"MOSS · {Path(model).resolve().name} · context {moss.context}")
+        ui.note("/help lists the commands, Ctrl-D leaves.")
+    if saved is not None:
+        session.show_loaded()
+    session.run()
+
+
+def _terminate(*_: Any) -> None:
+    sys.exit(128 + signal.SIGTERM)  # as an exception, so that the terminal is put back in order
+
+
+class Session:
+    """One chat: a conversation, its settings, and where messages come from."""
+
+    def __init__(self, moss: Any, system: str | None, saved: str | None, settings: dict[str, Any], show_stats: bool):
+        self.moss, self.settings, self.show_stats = moss, settings, show_stats
+        self.conversation = moss.chat(system) if saved is None else Conversation.load(moss, saved)
+        if saved is not None and system is not None:
+            self.conversation.system = system
+        self.interactive = ui.is_terminal(sys.stdin)
+        self._asked = 0
+
+    def run(self) -> None:
+        """Until the input ends. From a pipe, the first error ends it, too: MossError, KeyboardInterrupt."""
+        from .chat_input import open_input
+
+        messages = open_input()
+        while True:
+            try:
+                self._handle(messages.read())
+            except EOFError:
+                return
+            except MossError as e:
+                if not self.interactive:
+                    raise
+                ui.error(str(e))
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                ui.note("(Ctrl-D or /exit leaves)")
+
+    def _handle(self, message: str) -> None:
+        command = chat_commands.parse(message)
+        if command:
+            chat_commands.run(self, *command)
+        elif message.strip():
+            self.answer(self.conversation.send(message.strip(), **self.sampling()))
+
+    def answer(self, pieces: Any) -> None:
+        """Print an answer as it comes, and what there is to say about it. Ctrl-C stops it and keeps what there is."""
+        dropped = self.conversation.dropped
+        try:
+            with closing(pieces):
+                ui.answer(pieces)
+        except KeyboardInterrupt:
+            if not self.interactive:
+                raise
+            ui.note("(stopped)")
+        else:
+            self._note_cut()
+        if self.conversation.dropped > dropped:
+            ui.note(f"(the context is full: MOSS no longer sees the first {ui.turns(self.conversation.dropped)})")
+        if self.show_stats:
+            ui.stats(self.moss.last_stats)
+        if self.interactive:
+            ui.note("")
+
+    def _note_cut(self) -> None:
+        stats = self.moss.last_stats
+        if stats.stopped:
+            return
+        if stats.new_tokens < self.settings["max_new_tokens"]:
+            ui.note("(cut off: the context is full)")
+        else:
+            ui.note(f"(cut off after {stats.new_tokens} tokens; /set max_new_tokens N allows more)")
+
+    def sampling(self) -> dict[str, Any]:
+        """The settings for the next answer. A seed counts up, so that one seed repeats a session but /retry differs."""
+        seed = self.settings["seed"]
+        self._asked += 1
+        return {**self.settings, "seed": None if seed is None else seed + self._asked - 1}
+
+    def show_loaded(self) -> None:
+        """Where a loaded conversation was."""
+        turns = self.conversation.turns
+        if self.interactive:
+            ui.note(f"Loaded {ui.turns(len(turns))}." + (" The last one:" if turns else ""))
+        if self.interactive and turns:
+            ui.note(f"> {turns[-1].human}\n{turns[-1].answer}")

@@ -1,0 +1,111 @@
+"""What `chat` and `generate` share: their options, and loading the model. The settings are also what `/set` changes."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+import click
+
+from ..chat import MAX_NEW_TOKENS
+from ..errors import MossError
+from . import ui
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One argument of ``Moss.generate``: an option of the command line and a name for `/set`."""
+
+    type: click.ParamType
+    default: Any
+    help: str
+
+
+SETTINGS = {
+    "temperature": Setting(click.FLOAT, 0.7, "Higher is more varied."),
+    "top_p": Setting(click.FLOAT, 0.8, "Choose among the likeliest tokens with this probability together; 1: all."),
+    "top_k": Setting(click.INT, 40, "Choose among this many of the likeliest tokens; 0: all."),
+    "repetition_penalty": Setting(click.FLOAT, None, "Above 1: less repetition.  [default: 1.02, none if greedy]"),
+    "max_new_tokens": Setting(click.IntRange(1), MAX_NEW_TOKENS, "Longest answer, in tokens."),
+    "seed": Setting(click.INT, None, "Makes answers repeatable."),
+    "greedy": Setting(click.BOOL, False, "Always choose the likeliest token."),
+}
+
+
+class _Text(click.ParamType):
+    """Text from the command line; bytes that are no UTF-8 become the replacement character."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return as_utf8(value)
+
+
+TEXT = _Text()
+
+
+def shared_options(command: Callable) -> Callable:
+    """Add the options that say which model, where, and how to choose tokens."""
+    options = [
+        click.option("-m", "--model", required=True, metavar="DIR", help="Folder of a converted checkpoint."),
+        click.option("--system", type=TEXT, metavar="TEXT|@FILE", help="In place of MOSS's meta instruction."),
+        *(_option(name, setting) for name, setting in SETTINGS.items()),
+        click.option("--context", type=click.IntRange(2), default=2048, show_default=True, help="Tokens to keep room for."),
+        click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="What computes."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _option(name: str, setting: Setting) -> Callable:
+    flag = "--" + name.replace("_", "-")
+    if setting.type is click.BOOL:
+        return click.option(flag, is_flag=True, help=setting.help)
+    shown = setting.default is not None
+    return click.option(flag, type=setting.type, default=setting.default, show_default=shown, help=setting.help)
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raises MossError for a value that makes no sense, before a model is loaded for it."""
+    from ..sampling import Sampling
+
+    Sampling(**{name: value for name, value in settings.items() if name != "max_new_tokens"})
+
+
+def check_options(settings: dict[str, Any]) -> None:
+    """The same for the command line, where it is wrong usage: raises click.UsageError."""
+    try:
+        check_settings(settings)
+    except MossError as e:
+        raise click.UsageError(str(e)) from None
+
+
+def load_model(folder: str, device: str, context: int) -> Any:
+    """The model in ``folder``, with a line on the terminal for as long as that takes. Raises MossError."""
+    from .. import load
+
+    if sys.stdout is None:
+        raise MossError("stdout is closed, so there is nowhere to print an answer")
+    with ui.passing(f"Loading {folder} …", sys.stderr):
+        return load(folder, device=device, context=context)
+
+
+def system_text(text: str) -> str:
+    """The text itself, or with ``@FILE`` what the file holds. Raises MossError where it cannot be read."""
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).expanduser().read_text(encoding="utf-8")
+    except OSError as e:
+        raise MossError(f"{text[1:]}: cannot be read: {e.strerror}") from None
+    except ValueError:
+        raise MossError(f"{text[1:]}: not UTF-8 text") from None
+
+
+def as_utf8(text: str | bytes) -> str:
+    """Text that can be encoded, whatever bytes it came from."""
+    raw = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+    return raw.decode("utf-8", "replace")

@@ -1,0 +1,103 @@
+"""Drawing: what the user sees while a model loads and answers. Answers go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import click
+
+_ERASE_LINE = "\r\x1b[K"
+# Control characters in a text could move the cursor or worse; on a terminal only newline and tab pass.
+_CONTROLS = dict.fromkeys([*range(32), *range(127, 160)], "\ufffd")
+del _CONTROLS[ord("\n")], _CONTROLS[ord("\t")]
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()  # None: closed by whoever started us
+
+
+def can_draw(stream: TextIO | None) -> bool:
+    """Whether the cursor can be moved there."""
+    return is_terminal(stream) and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def note(text: str) -> None:
+    _say(text, dim=True)
+
+
+def error(text: str) -> None:
+    _say(text, fg="red")
+
+
+def _say(text: str, **style: Any) -> None:
+    coloured = can_draw(sys.stderr) and not os.environ.get("NO_COLOR")
+    text = text.translate(_CONTROLS)
+    click.echo(click.style(text, **style) if coloured else text, err=True)
+
+
+@contextmanager
+def passing(text: str, stream: TextIO) -> Iterator[None]:
+    """Show a text in the current line while something goes on, on a terminal only."""
+    drawn = can_draw(stream)
+    if drawn:
+        stream.write(text)
+        stream.flush()
+    try:
+        yield
+    finally:
+        if drawn:
+            stream.write(_ERASE_LINE)
+            stream.flush()
+
+
+def answer(pieces: Iterator[Any]) -> None:
+    """Print pieces of text as they come, and end the line, also where the answer is interrupted."""
+    sys.stdout.reconfigure(errors="replace")  # a locale without Chinese shows "?" instead of failing
+    ended = False
+    try:
+        with passing("…", sys.stdout):
+            first = next((piece.text for piece in pieces if piece.text), "")
+        for text in _chain(first, pieces):
+            _print(text)
+            ended = text.endswith("\n") if text else ended
+    finally:
+        if not ended:
+            _print("\n")
+
+
+def _chain(first: str, pieces: Iterable[Any]) -> Iterator[str]:
+    yield first
+    for piece in pieces:
+        yield piece.text
+
+
+def _print(text: str) -> None:
+    if is_terminal(sys.stdout):
+        text = text.translate(_CONTROLS)
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def stats(s: Any) -> None:
+    """Two lines about the last answer, from ``Moss.last_stats``."""
+    read = s.prompt_tokens - s.cached_tokens
+    note(f"  prefill {read} tokens + {s.cached_tokens} cached, {s.prefill_seconds:.2f} s, {s.prefill_tokens_s:.1f} tokens/s")
+    note(f"  decode {s.new_tokens} tokens, {s.decode_seconds:.2f} s, {s.decode_tokens_s:.1f} tokens/s{_memory()}")
+
+
+def turns(count: int) -> str:
+    return "1 turn" if count == 1 else f"{count} turns"
+
+
+def _memory() -> str:
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            status = dict(line.split(":", 1) for line in file)
+        now, peak = (int(status[name].split()[0]) * 1024 / 1e9 for name in ("VmRSS", "VmHWM"))
+    except (OSError, KeyError, ValueError):  # only Linux says
+        return ""
+    return f"; memory {now:.2f} GB, peak {peak:.2f} GB"

@@ -1,0 +1,439 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+from click.testing import CliRunner
+
+import moss_jt
+from moss_jt.chat import META_INSTRUCTION
+from moss_jt.cli import chat as cli
+from moss_jt.cli import ui
+from moss_jt.cli.chat_commands import COMMANDS, parse
+from moss_jt.cli.chat_input import Lines
+from moss_jt.errors import MossError
+
+from .conftest import ROOT
+from .fake_moss import FakeMoss
+
+FAKE = [sys.executable, "-m", "tests.fake_moss", "chat", "-m", "folder"]
+
+
+@pytest.fixture
+def moss(monkeypatch):
+    fake = FakeMoss()
+    monkeypatch.setattr(moss_jt, "load", lambda *a, **k: fake, raising=False)
+    return fake
+
+
+def run(text: str, *args: str):
+    """A chat whose messages come from a pipe."""
+    term = signal.getsignal(signal.SIGTERM)
+    try:
+        return CliRunner().invoke(cli.command, ["-m", "folder", *args], input=text)
+    finally:
+        signal.signal(signal.SIGTERM, term)
+
+
+def answers(text: str, *args: str) -> str:
+    result = run(text, *args)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def questions(moss) -> list[str]:
+    return re.findall(r"<\|Human\|>: (.*?)<eoh>", moss.tokenizer.decode(moss.prompts[-1]), re.DOTALL)
+
+
+# -- messages and commands ------------------------------------------------------------------------------------------------
+
+
+def test_each_line_is_a_message_and_only_answers_are_printed(moss):
+    assert answers("one\n\n  二\r\nthree") == "You said: one\nYou said: 二\nYou said: three\n"
+    assert questions(moss) == ["one", "二", "three"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "messages"),
+    [
+        (b"a\\\nb\nc\n", ["a\nb", "c"]),
+        (b"a\\\n\\\nb\\", ["a\n\nb\n"]),
+        (b"\\\n\nx", ["\n", "x"]),
+        (b"a \xff\r\n", ["a \ufffd"]),
+        (b"", []),
+    ],
+)
+def test_lines(raw, messages):
+    lines = Lines(io.BytesIO(raw))
+    for message in messages:
+        assert lines.read() == message
+    with pytest.raises(EOFError):
+        lines.read()
+
+
+@pytest.mark.parametrize(
+    ("message", "command"),
+    [
+        ("/help", ("help", "")),
+        ("/Set  seed 3 ", ("set", "seed 3")),
+        ("/system two\nlines", ("system", "two\nlines")),
+        (" clear ", ("clear", "")),
+        ("stop", ("exit", "")),
+        ("stop it", None),
+        ("/usr/bin/env is what?", None),
+        ("/* a comment */", None),
+        (" /help", None),
+        ("/", ("", "")),
+        ("/?", ("?", "")),
+    ],
+)
+def test_what_is_a_command(message, command):
+    assert parse(message) == command
+
+
+def test_clear_and_stop_are_those_of_the_official_demo(moss):
+    assert answers("one\nclear\ntwo\nstop\nthree\n") == "You said: one\nYou said: two\n"
+    assert questions(moss) == ["two"]
+
+
+def test_undo_retry_exit(moss):
+    assert answers("one\ntwo\n/undo\nthree\n/retry\n/exit\nnever\n").splitlines() == [
+        "You said: one",
+        "You said: two",
+        "You said: three",
+        "You said: three",
+    ]
+    assert questions(moss) == ["one", "three"]
+
+
+def test_system(moss, tmp_path):
+    file = tmp_path / "s.txt"
+    file.write_text("From a file.\n")
+    seen = []
+    moss.answer = lambda question: seen.append(moss.tokenizer.decode(moss.prompts[-1]).split("<|Human|>")[0]) or " ok"
+    answers(f"a\n/system Be\\\nbrief.\nb\n/system @{file}\nc\n/system default\nd\n", "--system", "Start.")
+    assert seen == ["Start.\n", "Be\nbrief.\n", "From a file.\n", META_INSTRUCTION]
+    assert "Be kind.\n" in run("/system\n", "--system", "Be kind.").stderr
+
+
+def test_save_and_load(moss, tmp_path):
+    file = tmp_path / "talk.json"
+    answers(f"one\n/save {file}\ntwo\n/load {file}\nthree\n/save {file}")
+    assert questions(moss) == ["one", "three"]
+    answers("four", "--load", str(file))
+    assert questions(moss) == ["one", "three", "four"]
+    answers("four", "--load", str(file), "--system", "Else.")
+    assert moss.tokenizer.decode(moss.prompts[-1]).startswith("Else.\n<|Human|>: one<eoh>")
+
+
+def test_set(moss):
+    answers("/set temperature 1.5\n/set greedy on\n/set max_new_tokens 30\nx\n/set temperature default\ny\n", "--top-k", "5")
+    assert [call["temperature"] for call in moss.calls] == [1.5, 0.7]
+    assert all(call["greedy"] is True and call["top_k"] == 5 and call["max_new_tokens"] == 30 for call in moss.calls)
+    shown = run("/set\n", "--seed", "7").stderr
+    assert (
+        re.search(r"seed +7\n", shown)
+        and re.search(r"repetition_penalty +default\n", shown)
+        and re.search(r"greedy +off\n", shown)
+    )
+
+
+def test_a_seed_repeats_the_session_but_not_the_answer(moss):
+    answers("x\ny\n/retry\n", "--seed", "7")
+    assert [call["seed"] for call in moss.calls] == [7, 8, 9]
+    answers("x\n")
+    assert moss.calls[-1]["seed"] is None
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/hepl", "no command /hepl; did you mean /help?"),
+        ("/quux", "no command /quux; /help lists them"),
+        ("/", "no command /; /help"),
+        ("/clear all", "/clear takes nothing"),
+        ("/set heat 3", "no setting heat; there are temperature, "),
+        ("/set temperature hot", "temperature: 'hot' is not a valid float"),
+        ("/set temperature", "temperature: '' is not"),
+        ("/set temperature -1", "temperature is -1.0, it must be"),
+        ("/set max_new_tokens 0", "max_new_tokens: 0 is not in the range"),
+        ("/stats maybe", "/stats takes on or off"),
+        ("/save", "/save needs a file's name"),
+        ("/load /no/such", "/no/such: cannot be read"),
+        ("/system @/no/such", "/no/such: cannot be read"),
+        ("/undo", "no turn"),
+        ("/retry", "no turn"),
+    ],
+)
+def test_mistakes_are_one_line_and_end_a_pipe(moss, line, said):
+    result = run(f"{line}\nnever\n")
+    assert isinstance(result.exception, MossError) and said in str(result.exception) and "\n" not in str(result.exception)
+    assert not moss.prompts
+
+
+def test_a_wrong_setting_leaves_the_old_one(moss):
+    session = cli.Session(moss, None, None, {"temperature": 0.7, "seed": None}, False)
+    for bad in ("temperature 0", "temperature x", "seed -1"):
+        with pytest.raises(MossError):
+            COMMANDS["set"].run(session, bad)
+    assert session.settings == {"temperature": 0.7, "seed": None}
+
+
+def test_help_names_every_command(moss):
+    shown = run("/help\n").stderr
+    assert all(f"/{name}" in shown for name in COMMANDS)
+    assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+def test_stats(moss):
+    once, always = run("one\n/stats\ntwo\n").stderr, run("one\n/stats off\ntwo\n/stats on\nthree\n", "--stats").stderr
+    assert once.count("decode") == 1 and always.count("decode") == 2
+    tokens = len(b" You said: one") + 1
+    assert f"prefill {len(moss.prompts[0])} tokens + 0 cached, 0.01 s, " in once
+    assert f"decode {tokens} tokens, {(tokens - 1) / 100:.2f} s, 100.0 tokens/s; memory " in once
+    assert "No answer yet" in run("/stats\n").stderr or moss.prompts
+
+
+def test_what_was_cut_off_is_said(moss):
+    assert "(cut off after 4 tokens; /set max_new_tokens" in run("one\n", "--max-new-tokens", "4").stderr
+    moss.context = 60
+    result = run("one\n" * 2, "--system", "")
+    assert result.stderr == "(the context is full: MOSS no longer sees the first 1 turn)\n"
+    moss.answer = lambda question: " long" * 20
+    assert run("one\n", "--system", "").stderr == "(cut off: the context is full)\n"
+
+
+def test_control_characters_do_not_reach_a_terminal(moss, monkeypatch):
+    class Terminal(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    moss.answer = lambda question: " a\x1b]0;b\x07\x9bc\td\r\n"
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", Terminal(raw, encoding="utf-8"))
+    monkeypatch.setenv("TERM", "dumb")
+    ui.answer(moss.chat().send("x"))
+    assert raw.getvalue().decode() == "a\ufffd]0;b\ufffd\ufffdc\td\ufffd\n"
+
+
+def test_a_locale_without_chinese():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    result = subprocess.run(FAKE, input="你\n".encode(), capture_output=True, env=environment, cwd=ROOT, timeout=30)
+    assert (result.returncode, result.stdout) == (0, b"You said: ?\n")
+
+
+@pytest.mark.parametrize(
+    ("redirect", "code", "said"),
+    [
+        ("<&-", 1, b"moss-jt: standard input is closed"),
+        ("<<< hi >&-", 1, b"moss-jt: stdout is closed"),
+        ("<<< hi 2>&-", 0, b"You said: hi\n"),
+        ("<<< /nope", 1, b"moss-jt: no command /nope"),
+        ("</dev/null", 0, b""),
+        ("<<< $'hi\\nendless' | head -1", 0, b"You said: hi\n"),
+    ],
+)
+def test_closed_streams(redirect, code, said):
+    result = subprocess.run(["bash", "-c", f"{' '.join(FAKE)} {redirect}"], capture_output=True, cwd=ROOT, timeout=30)
+    output = result.stdout + result.stderr
+    assert result.returncode == code and output.startswith(said) and b"Traceback" not in output
+    assert said or not output
+
+
+# -- at a terminal --------------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """The chat at a pseudo-terminal. ``expect`` waits for a text and gives what came before it, without escape sequences."""
+
+    def __init__(self, tmp_path, *args, **environment):
+        inherited = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+        state = {"XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        self.pid, self.fd = pty.fork()
+        if not self.pid:
+            os.chdir(ROOT)
+            os.execve(FAKE[0], [*FAKE, *args], {**inherited, **state, **environment})
+        self.seen = ""
+        self._raw = b""
+
+    def expect(self, text: str, seconds: float = 20) -> str:
+        end = time.monotonic() + seconds
+        while text not in self.seen:
+            assert self._read(end), f"{text!r} did not come; there is {self.seen!r}"
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def _read(self, end: float) -> bool:
+        if not select.select([self.fd], [], [], max(0.0, end - time.monotonic()))[0]:
+            return False
+        try:
+            new = os.read(self.fd, 4096)
+        except OSError:  # Linux's end of file at a pseudo-terminal
+            return False
+        self._raw += new
+        text = self._raw.decode("utf-8", "ignore")
+        self.seen, self._raw = self.seen + re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", text), b""
+        return bool(new)
+
+    def send(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def cooked(self) -> bool:
+        """Whether the terminal edits lines itself: an answer is being given, or the chat has left."""
+        return bool(termios.tcgetattr(self.fd)[3] & termios.ICANON)
+
+    def type(self, text: str) -> None:
+        """Send once the line editor is there."""
+        end = time.monotonic() + 20
+        while self.cooked():
+            assert time.monotonic() < end, f"no line editor after {self.seen!r}"
+            time.sleep(0.01)
+        self.send(text)
+
+    def say(self, text: str) -> None:
+        self.type(text + "\r")
+        self.expect(f"You said: {text}\n")
+
+    def leave(self) -> int:
+        """The exit code, negative for a signal."""
+        while self._read(time.monotonic() + 10):
+            pass
+        status = os.waitpid(self.pid, 0)[1]
+        os.close(self.fd)
+        return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    opened = []
+
+    def start(*args, **environment):
+        opened.append(Terminal(tmp_path, *args, **environment))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        try:
+            os.kill(one.pid, signal.SIGKILL)
+            os.waitpid(one.pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+
+
+def test_a_session(terminal, tmp_path):
+    t = terminal()
+    t.say("你好")
+    t.type("endless\r")
+    t.expect("0123456789012345")
+    t.send("\x03")
+    t.expect("(stopped)")
+    t.say("on we go")
+    t.type("not sent\x03")
+    t.expect("(Ctrl-D or /exit leaves)")
+    t.type(f"/save {tmp_path}/talk.json\r")
+    t.expect("Saved 3 turns")
+    t.type("\x04")
+    assert t.leave() == 0
+    turns = json.loads((tmp_path / "talk.json").read_text())["turns"]
+    assert [turn["human"] for turn in turns] == ["你好", "endless", "on we go"]
+    assert turns[1]["answer"].startswith("0123456789012345")
+    history = tmp_path / "state" / "moss-jt" / "chat_history"
+    assert "+你好" in history.read_text() and history.stat().st_mode & 0o777 == 0o600
+
+
+def test_several_lines(terminal):
+    t = terminal()
+    t.type("\x1b[200~one\ntwo 二\n\nfour\nfive\x1b[201~")  # pasted
+    t.send("\r")
+    t.expect("You said: one\ntwo 二\n\nfour\nfive\n")
+    t.type("with \\\ra backslash\r")
+    t.expect("You said: with \na backslash\n")
+    t.type("with\x1b\rAlt-Enter\r")
+    t.expect("You said: with\nAlt-Enter\n")
+
+
+def test_editing_and_history(terminal):
+    t = terminal()
+    t.type("你好吗\x1b[D\x7f们\r")  # left, backspace
+    t.expect("You said: 你们吗\n")
+    t.type("\x1b[A\r")  # up
+    t.expect("You said: 你们吗\n")
+    t.type("/he\t\r")
+    t.expect("/system [TEXT|@FILE|default]")
+    t.type("/set tem\t 0.25\r")
+    t.expect("temperature  0.25\n")
+    t.type("/hepl\r")
+    t.expect("did you mean /help?")
+    t.say("still here")
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_without_colour(terminal, environment):
+    t = terminal("--stats", **environment)
+    t.send("hi\n")
+    output = b""
+    while b"tokens/s" not in output:
+        assert select.select([t.fd], [], [], 20)[0], output
+        output += os.read(t.fd, 4096)
+    assert b"You said: hi" in output
+    assert not re.search(rb"\x1b\[(3|9)[0-7]", output) and b"\x1b[2m" not in output
+    if environment.get("TERM") == "dumb":
+        assert b"\x1b" not in output
+
+
+def test_a_dumb_terminal(terminal):
+    t = terminal(TERM="dumb")
+    t.expect("> ")
+    t.send("you\\\n")
+    t.expect(". ")
+    t.send("and me\n")
+    t.expect("You said: you\nand me\n")
+    t.send("endless\n")
+    t.expect("0123456789012345")
+    t.send("\x03")
+    t.expect("(stopped)")
+    t.expect("> ")
+    t.send("\x03")
+    t.expect("(Ctrl-D or /exit leaves)")
+    t.send("\x04")
+    assert t.leave() == 0
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_terminated(terminal, busy):
+    t = terminal()
+    t.type("endless\r" if busy else "typing")
+    t.expect("01234" if busy else "typing")
+    assert t.cooked() == busy
+    os.kill(t.pid, signal.SIGTERM)
+    while t._read(time.monotonic() + 10):
+        pass
+    assert t.cooked() and "Traceback" not in t.seen
+    assert t.leave() == 128 + signal.SIGTERM
+
+
+def test_a_history_that_cannot_be_written(terminal):
+    t = terminal(XDG_STATE_HOME="/proc/nowhere")
+    t.say("hi")
+    t.type("\x1b[A\r")
+    t.expect("You said: hi\n")
+
+
+def test_a_loaded_conversation_shows_where_it_was(terminal, moss, tmp_path):
+    conversation = moss.chat()
+    list(conversation.send("remember me"))
+    conversation.save(tmp_path / "talk.json")
+    t = Terminal(tmp_path, "--load", str(tmp_path / "talk.json"))
+    t.expect("Loaded 1 turn. The last one:\n> remember me\nYou said: remember me\n")
+    t.type("/exit\r")
+    assert t.leave() == 0
