@@ -129,7 +129,7 @@ def compiler() -> Finding:
 def headers() -> Finding:
     config = python_config()
     include = Path(sysconfig.get_path("include"))
-    places = [include, *([config.parent.parent / "include" / _PYTHON] if config else [])]
+    places = [*([config.parent.parent / "include" / _PYTHON] if config else []), include]
     found = next((place for place in places if (place / "Python.h").is_file()), None)
     fix = f"sudo apt-get install {_PYTHON}-dev"
     if not found:
