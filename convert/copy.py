@@ -11,7 +11,7 @@ from ..weights.layout import Tensor
 from .mapping import Band
 from .view import cast
 
-CHUNK = 16 << 20  # bytes read at a time
+CHUNK = 2 << 20  # bytes read at a time: what a cache holds is read, cast and written fastest
 
 Advance = Callable[[int], None]  # told the number of bytes just written
 

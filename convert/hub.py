@@ -20,7 +20,7 @@ def locate(src: str | Path, revision: str | None, download: bool) -> Path:
     """
     if Path(src).exists() or not _HUB_ID.fullmatch(str(src)):
         if revision is not None:
-            raise MossError(f"{src}: is a folder, not a Hub id, so it has no revision {revision}")
+            raise MossError(f"{src}: not a Hub id like fnlp/moss-moon-003-sft, so it has no revision {revision}")
         return Path(src)  # opening it says what is wrong with it
     return _fetch(str(src), revision, download)
 

@@ -27,7 +27,6 @@ class Official:
     """An official checkpoint, opened: every shard's header is read and checked, no tensor is."""
 
     folder: Path
-    raw: dict  # config.json
     config: Config
     shards: tuple[Path, ...]
     tensors: dict[str, View]  # buffers that carry nothing left out
@@ -39,13 +38,12 @@ def open_official(folder: str | Path) -> Official:
     folder = Path(folder)
     if not folder.is_dir():
         raise MossError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
-    raw = read_json(folder)
-    if "moss_jt" in raw:
+    if "moss_jt" in read_json(folder):
         raise MossError(f"{folder}: already converted; it can be used as it is")
-    config = Config.from_dict(raw, str(folder / "config.json"))
+    config = Config.read(folder)
     shards, index = find_shards(folder)
     tensors = _gather(folder, {p: _open_shard(p) for p in shards}, index)
-    return Official(folder, raw, config, shards, {n: v for n, v in tensors.items() if not _DROPPED.fullmatch(n)})
+    return Official(folder, config, shards, {n: v for n, v in tensors.items() if not _DROPPED.fullmatch(n)})
 
 
 def find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
@@ -55,7 +53,7 @@ def find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
         names = sorted(set(index.values())) or _complete(sorted(p.name for p in folder.glob(pattern)), folder)
         for name in names:
             if not (folder / name).is_file():
-                raise MossError(f"{folder / name}: missing; {index_name} says that it holds a part of the model")
+                raise MossError(f"{folder / name}: missing, or not a file" + (f"; {index_name} names it" if index else ""))
         if names:
             return tuple(folder / name for name in names), index
     raise MossError(f"{folder}: no weights here: neither {_PICKLES} nor {_SAFETENSORS}")

@@ -191,7 +191,7 @@ def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple, *_grad_
     if not isinstance(storage, Storage) or len(shape) != len(strides):
         raise TypeError
     if not all(_is_count(n) for n in numbers):
-        raise Refused("a tensor in its pickle has a negative offset, size or stride")
+        raise Refused("a tensor in its pickle has a negative or absurd offset, size or stride")
     return PickledTensor(storage, storage.offset + offset, tuple(shape), tuple(strides))
 
 

@@ -12,7 +12,7 @@ from ..errors import MossError
 from .header import read_header
 from .layout import ALIGN, FORMAT, HEAD_FILE, WTE_FILE, Tensor, block_file, files_of
 
-_NUMPY = {"F16": np.float16, "F32": np.float32, "I8": np.int8, "U8": np.uint8, "I32": np.int32}
+_NUMPY = {"F16": np.float16, "F32": np.float32}
 
 
 @dataclass(frozen=True)
