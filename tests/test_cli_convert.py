@@ -1,0 +1,166 @@
+"""``moss-jt convert``: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moss_jt.cli import main
+from moss_jt.weights import open_weights
+from tests.checkpoints import random_state, small_config, write_official
+
+CONFIG = small_config()
+MAIN = [sys.executable, "-c", "import sys; from moss_jt.cli import main; main(sys.argv[1:])"]
+
+
+@pytest.fixture
+def src(tmp_path) -> Path:
+    return write_official(tmp_path / "src", CONFIG, random_state(CONFIG), shards=2)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line here; returns (exit code, stdout, stderr)."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as e:
+            main([str(a) for a in args])
+        return (e.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+def test_convert_and_export(tmp_path, src, run):
+    dst, out = tmp_path / "dst", tmp_path / "out"
+    code, stdout, stderr = run("convert", "weights", src, dst)
+    assert code == 0 and stderr == ""
+    assert stdout.startswith(f"{dst}: ") and "in 4 files. Chat with it: moss-jt chat -m" in stdout
+    open_weights(dst)
+    assert run("convert", "weights", src, dst) == (0, f"{dst}: already converted from {src}\n", "")
+    code, stdout, stderr = run("convert", "export", dst, out, "--shard-size", "4kB")
+    assert code == 0 and stderr == "" and stdout.startswith(f"{out}: ")
+    assert len(list(out.glob("pytorch_model-*.bin"))) > 2
+
+
+def test_export_to_safetensors(tmp_path, src, run):
+    run("convert", "weights", src, tmp_path / "dst")
+    assert run("convert", "export", tmp_path / "dst", tmp_path / "out", "--format", "safetensors")[0] == 0
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_dry_run_writes_nothing(tmp_path, src, run):
+    code, stdout, stderr = run("convert", "weights", src, tmp_path / "dst", "--dry-run")
+    assert code == 0 and stderr == ""
+    assert "block-01.safetensors" in stdout and "free there; nothing was written" in stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
+    run("convert", "weights", src, tmp_path / "dst")
+    sizes = {p.name: p.stat().st_size for p in (tmp_path / "dst").glob("*.safetensors")}
+    for name, size in sizes.items():
+        assert f"{size:,} bytes" in next(line for line in stdout.splitlines() if line.startswith(name))
+    code, stdout, _ = run("convert", "export", tmp_path / "dst", tmp_path / "out", "--dry-run")
+    assert code == 0 and "pytorch_model.bin" in stdout and not (tmp_path / "out").exists()
+
+
+def test_errors_are_one_line_and_1(tmp_path, src, run):
+    (src / "pytorch_model-00002-of-00002.bin").unlink()
+    for args in (
+        ["weights", src, tmp_path / "dst"],
+        ["weights", src, tmp_path / "dst", "--dry-run"],
+        ["export", src, tmp_path / "x"],
+    ):
+        code, stdout, stderr = run("convert", *args)
+        assert code == 1 and stdout == "" and stderr.startswith("moss-jt: ") and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["weights"],
+        ["weights", "src"],
+        ["weights", "src", "dst", "more"],
+        ["weights", "src", "dst", "--dtype", "int3"],
+        ["export", "src", "dst", "--shard-size", "0"],
+        ["export", "src", "dst", "--shard-size", "10 parsecs"],
+        ["export", "src", "dst", "--format", "gguf"],
+        ["nothing"],
+    ],
+)
+def test_wrong_usage_is_2(run, args):
+    code, stdout, stderr = run("convert", *args)
+    assert code == 2 and stdout == "" and "Error: " in stderr
+
+
+@pytest.mark.parametrize("args", [["convert"], ["convert", "weights"], ["convert", "export"], ["info"]])
+def test_help_imports_nothing_heavy(args):
+    code = (
+        "import sys, atexit; from moss_jt.cli import main;"
+        "atexit.register(lambda: print('HEAVY', [m for m in ('numpy', 'rich', 'safetensors', 'jittor') if m in sys.modules]));"
+        "main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *args, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Usage: moss-jt " + " ".join(args) in done.stdout and "HEAVY []" in done.stdout, done
+
+
+# As the command, but each step takes a while, so that there is time to stop it.
+SLOW = """
+import sys, time
+from moss_jt.convert import copy
+from moss_jt.cli import main
+real = copy.write_tensor
+def slow(*args):
+    time.sleep(0.05)
+    real(*args)
+from moss_jt.convert import to_moss_jt
+to_moss_jt.write_tensor = slow
+main(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, src):
+    args = ["convert", "weights", src, tmp_path / "dst"]
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for(tmp_path / "dst.partial" / "block-00.safetensors")
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130 and stdout == ""
+    assert stderr.strip() == "moss-jt: stopped; the same command goes on where it was"
+    again = subprocess.run([*MAIN, *args], capture_output=True, text=True)
+    assert again.returncode == 0 and "dst.partial: going on, " in again.stderr and "of 4 files are left" in again.stderr
+    open_weights(tmp_path / "dst")
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_on_a_terminal_a_bar_is_drawn(tmp_path, src):
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    command = [sys.executable, "-c", SLOW, "convert", "weights", src, tmp_path / "dst"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=env) as process:
+        os.close(theirs)
+        drawn = b""
+        while data := read(ours):
+            drawn += data
+    os.close(ours)
+    assert process.returncode == 0
+    assert b"kB" in drawn and b"/s" in drawn and "━".encode() in drawn
+
+
+def read(fd: int) -> bytes:
+    try:
+        return os.read(fd, 4096)
+    except OSError:  # Linux: the other side was closed
+        return b""

@@ -1,0 +1,123 @@
+"""``moss-jt info``: official and converted folders, whole and broken."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from moss_jt import convert
+from moss_jt.cli import main
+from tests.checkpoints import random_state, small_config, write_official
+
+CONFIG = small_config(n_layer=5)
+STATE = random_state(CONFIG)
+PARAMETERS = sum(x.size for x in STATE.values())
+
+
+@pytest.fixture
+def info(capsys):
+    """Run ``moss-jt info``; returns (exit code, stdout, stderr)."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as e:
+            main(["info", *map(str, args)])
+        return (e.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.mark.parametrize("container", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_official(tmp_path, info, container, dtype):
+    src = write_official(tmp_path / "src", CONFIG, STATE, container, shards=2, dtype=dtype)
+    code, stdout, stderr = info("--json", src)
+    found = json.loads(stdout)
+    assert code == 0 and stderr == "" and found["problems"] == []
+    assert found["kind"] == "official" and found["parameters"] == PARAMETERS
+    assert found["container"] == {"zip": "torch zip", "legacy": "torch legacy"}.get(container, container)
+    assert found["dtypes"] == {"BF16" if dtype == "bf16" else "F16": len(STATE)}
+    assert {f["name"]: f["bytes"] for f in found["files"]} == {p.name: p.stat().st_size for p in src.glob("*-of-*")}
+    assert sum(f["tensors"] for f in found["files"]) == len(STATE)
+    assert {n: tuple(t["shape"]) for n, t in found["tensors"].items()} == {n: x.shape for n, x in STATE.items()}
+
+
+def test_converted(tmp_path, info):
+    write_official(tmp_path / "src", CONFIG, STATE)
+    dst = convert.weights(tmp_path / "src", tmp_path / "dst")
+    code, stdout, _ = info("--json", dst)
+    found = json.loads(stdout)
+    assert code == 0 and found["problems"] == []
+    assert (found["kind"], found["format"], found["dtype"]) == ("converted", 1, "fp16")
+    assert found["parameters"] == PARAMETERS
+    assert found["bytes"] == sum(p.stat().st_size for p in dst.glob("*.safetensors")) == sum(f["bytes"] for f in found["files"])
+    assert found["cache_bytes_per_token"] == 5 * 2 * 16 * 2 and found["cache_bytes_at_n_ctx"] == 32 * 5 * 2 * 16 * 2
+    block = next(f for f in found["files"] if f["name"] == "block-04.safetensors")
+    assert block["tensors"][2] == {"name": "in.weight", "dtype": "F16", "shape": [112, 16]}
+
+
+def test_what_people_see(tmp_path, info):
+    src = write_official(tmp_path / "src", CONFIG, STATE, shards=2)
+    code, stdout, _ = info(src)
+    assert code == 0
+    for text in (
+        f"{PARAMETERS:,}",
+        "torch zip",
+        f"{len(STATE)} tensors F16",
+        "pytorch_model-00002-of-00002.bin",
+        "It can be converted",
+    ):
+        assert text in stdout
+    code, stdout, _ = info(convert.weights(src, tmp_path / "dst"))
+    assert code == 0
+    for text in (
+        "format 1, fp16",
+        "320 bytes a token",
+        "block-00.safetensors",
+        "3 more blocks",
+        "block-04",
+        "Nothing is wrong",
+    ):
+        assert text in stdout
+    assert "block-02" not in stdout and "\x1b" not in stdout
+
+
+def test_problems_are_listed_and_the_code_is_1(tmp_path, info):
+    state = {n: x for n, x in STATE.items() if "h.3.ln_1" not in n}
+    state["transformer.h.1.mlp.fc_in.bias"] = STATE["transformer.ln_f.bias"]
+    src = write_official(tmp_path / "src", CONFIG, state)
+    code, stdout, _ = info("--json", src)
+    problems = json.loads(stdout)["problems"]
+    assert code == 1 and len(problems) == 3
+    assert "transformer.h.3.ln_1.weight is missing" in problems[0] and "has shape [16]" in problems[2]
+    code, stdout, _ = info(src)
+    assert code == 1 and all(p.split(": ", 1)[1] in stdout for p in problems) and "can be converted" not in stdout
+
+
+def test_a_shard_that_cannot_be_opened(tmp_path, info):
+    src = write_official(tmp_path / "src", CONFIG, STATE, shards=2)
+    (src / "pytorch_model-00001-of-00002.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    code, stdout, _ = info(src)
+    assert code == 1 and "os.system" in stdout and "cannot be opened" in stdout
+    code, stdout, _ = info("--json", src)
+    assert code == 1 and len(json.loads(stdout)["files"]) == 2
+
+
+def test_a_broken_converted_one(tmp_path, info):
+    write_official(tmp_path / "src", CONFIG, STATE)
+    dst = convert.weights(tmp_path / "src", tmp_path / "dst")
+    (dst / "block-02.safetensors").unlink()
+    code, stdout, _ = info(dst)
+    assert code == 1 and "block-02.safetensors: missing; convert the checkpoint again" in stdout
+
+
+def test_the_quantised_ones(official_checkpoint, info):
+    code, stdout, _ = info("--json", official_checkpoint("moss-tiny-sft-int4"))
+    found = json.loads(stdout)
+    assert code == 1 and "quantised with GPTQ" in found["problems"][0] and found["dtypes"]["I32"] > 0
+
+
+def test_no_models_folder(tmp_path, info):
+    for folder, says in ((tmp_path, "no config.json"), (tmp_path / "no", "no such folder")):
+        code, stdout, stderr = info(folder)
+        assert code == 1 and stdout == "" and says in stderr and stderr.count("\n") == 1
