@@ -56,19 +56,16 @@ def driver() -> Driver:
         lib = _Libcuda()
     except OSError:
         return Driver(problem="no NVIDIA driver (libcuda.so.1) is installed")
-    version = c_int()
+    version, number, count = None, c_int(), c_int()
     try:
-        lib.cuDriverGetVersion(byref(version))
-        found = (version.value // 1000, version.value % 1000 // 10)
-    except MossError as e:
-        return Driver(problem=str(e))
-    try:
+        lib.cuDriverGetVersion(byref(number))
+        version = (number.value // 1000, number.value % 1000 // 10)
         lib.cuInit(0)
-        count = c_int()
         lib.cuDeviceGetCount(byref(count))
-        return Driver(found, tuple(_device(lib, i) for i in range(count.value)), "" if count.value else "it has no device")
+        devices = tuple(_device(lib, i) for i in range(count.value))
+        return Driver(version, devices, "" if devices else "the NVIDIA driver finds no device")
     except MossError as e:
-        return Driver(found, problem=str(e))
+        return Driver(version, problem=str(e))
 
 
 def _device(lib: _Libcuda, index: int) -> Device:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from . import cuda, first_compile, machine, requirements
+from . import cuda, machine, requirements
 from .errors import MossError
 from .machine import GIB
 from .requirements import OK, PROBLEM, WARNING, Finding
@@ -45,7 +45,7 @@ def findings(model: Path | None = None, measure: bool = True, run: bool = False)
     yield from _cupy()
     if measure:
         yield _speed("memory read", machine.memory_bandwidth, f"by {machine.cores().usable} threads")
-        yield _disk(model or machine.existing_parent(requirements.cache_folder()))
+        yield _disk(model)
         yield from (_link(index) for index in range(len(driver.devices)))
     if run:
         yield _import()
@@ -82,7 +82,7 @@ def _cache(finding: Finding) -> Finding:
         return finding
     folder, free = Path(finding.text), machine.disk_free(finding.text)
     used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    compiled = first_compile.compiled(folder)
+    compiled = requirements.compiled(folder)
     state = f"Jittor is compiled ({size(used)})" if compiled else "Jittor is not compiled yet: the first start takes minutes"
     values = {"path": finding.text, "compiled": compiled, "bytes": used, "free": free}
     return replace(finding, text=f"{folder}: {state}; {size(free)} free", values=values)
@@ -157,7 +157,11 @@ def _speed(name: str, measure, how: str) -> Finding:
     return Finding(name, OK, f"{speed / 1e9:.1f} GB/s {how}", values={"bytes_per_second": round(speed)})
 
 
-def _disk(folder: Path) -> Finding:
+def _disk(model: Path | None) -> Finding:
+    try:
+        folder = model or machine.existing_parent(requirements.cache_folder())
+    except MossError as e:
+        return Finding("disk read", WARNING, f"not measured: {e}")
     note = ", which is memory and no disk" if machine.filesystem(folder) in ("tmpfs", "ramfs") else ""
     return _speed("disk read", lambda: machine.disk_bandwidth(folder), f"in sequence, at {folder}{note}")
 

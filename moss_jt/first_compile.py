@@ -26,6 +26,7 @@ from .machine import MIB, cores, memory
 # Of Jittor 1.3.11 with g++ 12: objects in its core, the time of what comes before and after them, and their time in all.
 _OBJECTS, _SERIAL_SECONDS, _OBJECT_SECONDS = 150, 25, 165
 _STEPS_BEFORE = 12  # each of two things made before the objects takes about as long as this many of them
+_PATIENCE = 2  # seconds
 _JOB_MEMORY = 768 * MIB  # the largest compiler process took 450 MB
 
 # prctl(PR_SET_PDEATHSIG, SIGKILL): never outlives moss-jt. Jittor starts one compiler for each 3 GiB of the machine's
@@ -59,11 +60,6 @@ def ensure(cache: Path, jittor: Path, cuda: bool) -> None:
     stamp.write_text(json.dumps(_state(cache, jittor)))
 
 
-def compiled(cache: Path) -> bool:
-    """Whether a core was once completely compiled below ``cache``, any folder of Jittor's."""
-    return any(cache.rglob("jittor_core*.so.key"))
-
-
 def _state(cache: Path, jittor: Path) -> dict:
     """What the compiled core depends on and Jittor's choice of a folder does not, and what it consists of."""
     flags = {name: os.environ[name] for name in _FLAGS if os.environ.get(name)}
@@ -92,8 +88,10 @@ def _compile(cache: Path, cuda: bool) -> None:
             if code or _libraries(cache):
                 break
     if code:
-        raise MossError(f"Jittor cannot be compiled: {_reason(log, code)} (all of it: {log}; to start afresh: rm -r '{cache}')")
-    log.unlink()
+        why = f"it was ended by {signal.Signals(-code).name}" if code < 0 else reason(log)
+        raise MossError(f"Jittor cannot be compiled: {why} (all of it: {log}; to start afresh: rm -r '{cache}')")
+    for done in cache.glob("moss-jt-*.log"):  # those of starts that were killed, too
+        done.unlink(missing_ok=True)
 
 
 def _jobs() -> int:
@@ -118,7 +116,6 @@ def _run(command: list[str], log: Path, watch: Callable[[], None]) -> int:
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            log.unlink()
 
 
 def _fraction(cache: Path, cuda: bool) -> float:
@@ -129,23 +126,22 @@ def _fraction(cache: Path, cuda: bool) -> float:
     return min(1.0, done / (_OBJECTS + 2 * _STEPS_BEFORE))
 
 
-def _reason(log: Path, code: int) -> str:
-    if code < 0:
-        return f"it was ended by {signal.Signals(-code).name}"
+def reason(log: Path) -> str:
+    """The line of a compiler's output that says most."""
     lines = [re.sub(r"\x1b\[[0-9;]*[mK]", "", line).strip() for line in log.read_text(errors="replace").splitlines()]
     lines = [line for line in lines if line]
-    return next((line for line in lines if "error: " in line.lower()), lines[-1] if lines else f"exit code {code}")
+    return next((line for line in lines if "error: " in line.lower()), lines[-1] if lines else "it said nothing")
 
 
 @contextmanager
 def _shown(seconds: float) -> Iterator[Callable[[float], None]]:
-    """Gives a function to call with the fraction done, often. What takes under two seconds is not worth a word."""
+    """Gives a function to call with the fraction done, often. What takes less than _PATIENCE is not worth a word."""
     about = "about a minute" if seconds < 90 else f"about {seconds / 60:.0f} minutes"
     title, start, bar = f"compiling Jittor (first run only, {about})", time.monotonic(), None
 
     def show(fraction: float) -> None:
         nonlocal bar
-        if bar is None and time.monotonic() - start > 2:
+        if bar is None and time.monotonic() - start > _PATIENCE:
             bar = _Bar(title)
         if bar:
             bar.update(fraction)
@@ -170,7 +166,7 @@ class _Bar:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn
 
-        columns = ("[progress.description]{task.description}", BarColumn(None), TaskProgressColumn(), TimeElapsedColumn())
+        columns = ("{task.description}", BarColumn(None), TaskProgressColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, console=Console(stderr=True), transient=True, expand=True)
         self._task = self._progress.add_task(title, total=1.0)
         self._progress.start()

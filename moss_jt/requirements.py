@@ -84,30 +84,26 @@ def python() -> Finding:
     )
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def numpy() -> Finding:
     fix = f"{sys.executable} -m pip install 'numpy<2'"
-    # What is imported counts; nothing else is worth an import here.
-    version = getattr(sys.modules.get("numpy"), "__version__", None) or _version("numpy")
-    if not version:
-        return Finding("numpy", PROBLEM, "numpy is not installed", fix)
-    if int(version.split(".")[0]) >= 2:
-        text = f"numpy {version} is installed, and with numpy 2 Jittor computes garbage without a word"
+    try:
+        import numpy
+    except ImportError as e:
+        return Finding("numpy", PROBLEM, f"numpy cannot be imported ({(str(e).splitlines() or [''])[0]})", fix)
+    if int(numpy.__version__.split(".")[0]) >= 2:
+        text = f"numpy {numpy.__version__} is installed, and with numpy 2 Jittor computes garbage without a word"
         return Finding("numpy", PROBLEM, text, fix)
-    return Finding("numpy", OK, f"numpy {version}")
+    return Finding("numpy", OK, f"numpy {numpy.__version__}")
 
 
 def jittor() -> Finding:
     fix = f"{sys.executable} -m pip install jittor=={JITTOR}"
     if not importlib.util.find_spec("jittor"):
         return Finding("Jittor", PROBLEM, "Jittor is not installed", fix)
-    version = _version("jittor") or "of unknown version"
+    try:
+        version = importlib.metadata.version("jittor")
+    except importlib.metadata.PackageNotFoundError:
+        version = "of unknown version"
     if version != JITTOR:
         return Finding("Jittor", WARNING, f"Jittor {version}: moss-jt is tested with {JITTOR}", fix)
     return Finding("Jittor", OK, f"Jittor {version}")
@@ -160,31 +156,58 @@ def python_config() -> Path | None:
 def cache_folder() -> Path:
     """Where Jittor keeps what it compiled. It remembers JITTOR_HOME in ~/.cache/jittor/config.json once it was set.
 
-    Raises MossError where that file is broken.
+    Raises MossError where that file is broken, or there is no home directory.
     """
-    memory = Path.home() / ".cache/jittor/config.json"
+    memory = _home() / ".cache/jittor/config.json"
     try:
         remembered = json.loads(memory.read_text())["JITTOR_HOME"]
     except (FileNotFoundError, NotADirectoryError, KeyError):
-        remembered = Path.home()
+        remembered = _home()
     except (OSError, ValueError, TypeError) as e:
         raise MossError(f"{memory}, which Jittor reads first, is broken ({e}): rm {memory}") from None
     return Path(os.environ.get("JITTOR_HOME", remembered)).absolute() / ".cache/jittor"
 
 
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise MossError("there is no home directory for Jittor's cache: set HOME to a folder that is writable") from None
+
+
 def cache() -> Finding:
     try:
         folder = cache_folder()
+        for place in (_home() / ".cache/jittor", folder):  # Jittor makes the first in any case
+            _check_writable(place)
+        _check_room(folder)
     except MossError as e:
         return Finding("cache", PROBLEM, str(e))
-    for place in (Path.home() / ".cache/jittor", folder):  # Jittor makes the first in any case
-        parent = existing_parent(place)
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            what = "is not a folder" if not parent.is_dir() else "is not writable"
-            text = f"{parent} {what}, and Jittor keeps what it compiles in {place}"
-            return Finding("cache", PROBLEM, text, "set HOME (and JITTOR_HOME, where it is used) to a folder that is writable")
-    for place in (folder, Path(tempfile.gettempdir())):
-        if disk_free(place) < _ROOM:
-            text = f"{existing_parent(place)} has {disk_free(place) // MIB} MiB free, and compiling needs {_ROOM // MIB} there"
-            return Finding("cache", PROBLEM, text, "make room")
     return Finding("cache", OK, str(folder))
+
+
+def _check_writable(place: Path) -> None:
+    parent = existing_parent(place)
+    what = ""
+    if not parent.is_dir():
+        what = "is not a folder"
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        what = "is not writable"
+    elif os.statvfs(parent).f_flag & os.ST_NOEXEC:
+        what = "is mounted noexec, and Jittor runs what it compiles from there"
+    if what:
+        raise MossError(f"{parent} {what}: set HOME (and JITTOR_HOME, if it is used) to another folder, for {place}")
+
+
+def _check_room(folder: Path) -> None:
+    for place in (folder, Path(tempfile.gettempdir())):
+        free = disk_free(place)
+        needed = _ROOM if free >= _ROOM or not compiled(folder) else _ROOM // 10  # then only a few kernels are compiled
+        if free < needed:
+            raise MossError(f"{existing_parent(place)} has {free // MIB} MiB free, compiling needs {needed // MIB}: make room")
+
+
+def compiled(folder: Path) -> bool:
+    """Whether this Python's Jittor was once completely compiled into ``folder``. The compiler may have changed since."""
+    mine = f"jt{JITTOR.rpartition('.')[0]}/*/py{platform.python_version()}"
+    return any(any(path.rglob("jittor_core*.so.key")) for path in folder.glob(mine))

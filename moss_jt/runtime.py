@@ -30,6 +30,7 @@ _ENVIRONMENT = {
     "use_cutlass": "0",
     "use_nccl": "0",
     "use_mpi": "0",
+    "cache_name": "default",  # not the git branch that its own folder happens to be in
     "conv_opt": "1",  # of CUDA's libraries only cublas and curand
     "gdb_path": "",  # no debugger attached to a crash
     "FIX_TORCH_ERROR": "0",  # does not import torch where that is installed
@@ -161,17 +162,48 @@ def compiling(*sources: str) -> Iterator[None]:
         yield
         return
     _say("compiling kernels (first run only) ...")
-    start = time.monotonic()
+    start, log = time.monotonic(), stamp.with_suffix(".log")
     try:
-        yield
+        with _interrupt_held(), _stderr_into(log):
+            yield
     except RuntimeError as e:
         if "Run cmd failed" not in str(e):
             raise
-        log = stamp.with_suffix(".log")
-        log.write_text(str(e))
-        raise MossError(f"a kernel cannot be compiled: see above and {log}; to start afresh: rm -r '{stamp.parent}'") from None
+        raise MossError(f"a kernel cannot be compiled: {first_compile.reason(log)} (all of it: {log})") from None
+    log.unlink()
     stamp.touch()
     _say(f"kernels are compiled ({time.monotonic() - start:.0f} s)")
+
+
+@contextmanager
+def _stderr_into(log: Path) -> Iterator[None]:
+    """What Jittor and the compilers it starts print on stderr, which nothing else silences, goes to a file for a while."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with log.open("wb") as out:
+            os.dup2(out.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Ctrl-C, which ends the compilers by itself, raises KeyboardInterrupt at the end and not anywhere in between."""
+    if threading.current_thread() is not threading.main_thread():  # no other thread is ever interrupted
+        yield
+        return
+    came = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: came.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came.is_set():
+            raise KeyboardInterrupt
 
 
 def _say(line: str) -> None:
