@@ -139,6 +139,14 @@ def source_record(paths: list[Path]) -> list[dict]:
     return [{"name": name, "bytes": s.st_size, "mtime_ns": s.st_mtime_ns} for name, s in stats]
 
 
+def recorded_source(folder: Path) -> set[str]:
+    """The names of the files that a folder was made from, as far as it says so."""
+    try:
+        return {f["name"] for f in _read_record(folder / RECORD)["source"]}
+    except (TypeError, KeyError):
+        return set()
+
+
 def _read_record(path: Path) -> dict | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))

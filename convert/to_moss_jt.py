@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 from ..errors import MossError
 from ..tokenizer import write_tokenizer
+from ..tokenizer.files import COPIED as TOKENIZER_FILES
 from ..weights.header import header_bytes
 from ..weights.layout import FORMAT, METADATA, files_of
 from .copy import Advance, write_tensor
@@ -39,7 +40,8 @@ def plan(src: Path, dst: Path, dtype: str) -> Job:
             write_tensor(file, tensor, our_bands(file_pieces[name], tensor.name, official.tensors), advance)
 
     sizes = {name: len(header_bytes(ts, METADATA)) + sum(t.nbytes for t in ts) for name, ts in files.items()}
-    record = {"format": FORMAT, "dtype": dtype, "source": source_record([src / "config.json", *official.shards])}
+    small = [src / name for name in ("config.json", *_COPIED, *TOKENIZER_FILES) if (src / name).is_file()]
+    record = {"format": FORMAT, "dtype": dtype, "source": source_record([*small, *official.shards])}
     return Job(dst, record, sizes, lambda folder: _write_small_files(src, folder, dtype), write)
 
 

@@ -13,7 +13,7 @@ from ..weights import Weights, open_weights
 from ..weights.header import header_bytes
 from ..weights.layout import Tensor, files_of
 from .copy import Advance, write_tensor
-from .job import RECORD, Job, source_record, whole_file
+from .job import RECORD, Job, recorded_source, source_record, whole_file
 from .mapping import Band, official_bands, official_shapes, pieces
 from .to_moss_jt import check_apart, official_config
 from .torchsave import write_torch
@@ -102,6 +102,6 @@ def _write_small_files(weights: Weights, shards: dict[str, list[Tensor]], folder
 
 
 def _ours(src: Path, weights: Weights) -> set[str]:
-    """Files that an official folder does not have: tokenizer.json is made from the vocabulary, where that is there."""
-    made = {"tokenizer.json"} if (src / "vocab.json").exists() else set()
+    """Files that the official folder did not have: tokenizer.json may have been made from the vocabulary."""
+    made = {"tokenizer.json"} - recorded_source(src) if (src / "vocab.json").exists() else set()
     return {*files_of(weights.config), "config.json", RECORD, *made}

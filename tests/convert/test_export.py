@@ -174,3 +174,12 @@ def test_an_export_that_was_stopped_goes_on(tmp_path, ours):
     assert filecmp.cmpfiles(out, other, names, shallow=False) == (names, [], []) and names == sorted(
         p.name for p in out.iterdir()
     )
+
+
+def test_a_tokenizer_json_that_was_official_comes_back(tmp_path, ours):
+    src = write_official(tmp_path / "src2", small_config(), random_state(small_config()))
+    (src / "tokenizer.json").write_bytes((ours / "tokenizer.json").read_bytes() + b"\n")
+    out = convert.export(convert.weights(src, tmp_path / "ours2"), tmp_path / "out")
+    assert filecmp.cmp(src / "tokenizer.json", out / "tokenizer.json", shallow=False)
+    (tmp_path / "ours2/convert.json").write_text("[]")  # nothing says that it was official
+    assert not (convert.export(tmp_path / "ours2", tmp_path / "out2") / "tokenizer.json").exists()
