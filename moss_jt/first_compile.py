@@ -30,14 +30,17 @@ _PATIENCE = 2  # seconds
 _JOB_MEMORY = 768 * MIB  # the largest compiler process took 450 MB
 
 # prctl(PR_SET_PDEATHSIG, SIGKILL): never outlives moss-jt. Jittor starts one compiler for each 3 GiB of the machine's
-# memory, whatever its cores and limits are, so it is told the memory that gives the right number.
-_CHILD = """
+# memory, whatever its cores and limits are, so it is told the memory that gives the right number. It leaves with 0, and
+# nothing imported, after its first step in some cases, asking to be run again; so what went well gets a code of its own.
+_IMPORTED = 42
+_CHILD = f"""
 import ctypes, json, sys
 ctypes.CDLL(None).prctl(1, 9)
 sys.path[:] = json.loads(sys.argv[1])
 import jittor_utils
 jittor_utils.get_total_mem = lambda: int(sys.argv[2]) * 3 << 30
 import jittor
+sys.exit({_IMPORTED})
 """
 
 # Environment variables that change what is compiled.
@@ -83,11 +86,11 @@ def _compile(cache: Path, cuda: bool) -> None:
     jobs = _jobs()
     command = [sys.executable, "-c", _CHILD, json.dumps(sys.path), str(jobs)]
     with _shown(_SERIAL_SECONDS + _OBJECT_SECONDS / jobs) as show:
-        for _ in range(3):  # Jittor sometimes leaves after its first step, asking to be run again
+        for _ in range(3):
             code = _run(command, log, lambda: show(_fraction(cache, cuda)))
-            if code or _libraries(cache):
+            if code:
                 break
-    if code:
+    if code != _IMPORTED:
         why = f"it was ended by {signal.Signals(-code).name}" if code < 0 else reason(log)
         raise MossError(f"Jittor cannot be compiled: {why} (all of it: {log}; to start afresh: rm -r '{cache}')")
     for done in cache.glob("moss-jt-*.log"):  # those of starts that were killed, too
