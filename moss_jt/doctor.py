@@ -67,24 +67,27 @@ def size(count: float) -> str:
 
 
 def _compiler(finding: Finding) -> Finding:
+    """The same with the compiler's version."""
     if finding.verdict != OK:
         return finding
+    path = finding.values["path"]
     try:
-        answer = subprocess.run([finding.text, "--version"], capture_output=True, text=True, timeout=20)
+        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired) as e:
-        return replace(finding, verdict=PROBLEM, text=f"{finding.text} does not run: {e}", fix="sudo apt-get install g++")
-    version = (answer.stdout.splitlines() or ["no version"])[0]
-    return replace(finding, text=f"{version} ({finding.text})", values={"path": finding.text, "version": version})
+        return replace(finding, verdict=PROBLEM, text=f"{path} does not run: {e}", fix="sudo apt-get install g++")
+    version = (answer.splitlines() or ["unknown version"])[0]
+    return replace(finding, text=f"{version} ({path})", values={"path": path, "version": version})
 
 
 def _cache(finding: Finding) -> Finding:
+    """The same with what the cache holds."""
     if finding.verdict != OK:
         return finding
-    folder, free = Path(finding.text), machine.disk_free(finding.text)
+    folder = Path(finding.values["path"])
+    free, compiled = machine.disk_free(folder), requirements.compiled(folder)
     used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    compiled = requirements.compiled(folder)
     state = f"Jittor is compiled ({size(used)})" if compiled else "Jittor is not compiled yet: the first start takes minutes"
-    values = {"path": finding.text, "compiled": compiled, "bytes": used, "free": free}
+    values = {"path": str(folder), "compiled": compiled, "bytes": used, "free": free}
     return replace(finding, text=f"{folder}: {state}; {size(free)} free", values=values)
 
 

@@ -119,7 +119,7 @@ def compiler() -> Finding:
     if not any(kind in os.path.basename(path) for kind in ("g++", "clang", "icc", "icpc")):
         text = f"cc_path names {named}, whose name does not tell Jittor whether it is g++ or clang++"
         return Finding("compiler", PROBLEM, text, "unset cc_path")
-    return Finding("compiler", OK, path)
+    return Finding("compiler", OK, path, values={"path": path})
 
 
 def headers() -> Finding:
@@ -183,7 +183,7 @@ def cache() -> Finding:
         _check_room(folder)
     except MossError as e:
         return Finding("cache", PROBLEM, str(e))
-    return Finding("cache", OK, str(folder))
+    return Finding("cache", OK, str(folder), values={"path": str(folder)})
 
 
 def _check_writable(place: Path) -> None:

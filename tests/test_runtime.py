@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from moss_jt import cuda, requirements, runtime
+from moss_jt.cuda import Device, Driver, Toolkit
+from moss_jt.errors import MossError
+
+# Imports Jittor as a program would, and says what that did to the process.
+PROGRAM = r"""
+import ctypes, json, os, signal, ssl, subprocess, sys, threading
+
+def refuse(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request"):
+        raise RuntimeError(f"{event} {args}")
+
+sys.addaudithook(refuse)
+before = dict(os.environ), signal.getsignal(signal.SIGINT), ssl._create_default_https_context, sys.getrecursionlimit()
+from moss_jt import runtime
+jt = runtime.jittor("cpu")
+after = dict(os.environ), signal.getsignal(signal.SIGINT), ssl._create_default_https_context, sys.getrecursionlimit()
+answer = {"same": before == after, "again": runtime.jittor() is jt, "cuda": bool(jt.has_cuda)}
+answer["numbers"] = jt.array([[1.5, -2.0], [3.25, 0.0]]).numpy().tolist()
+answer["threads"] = [ctypes.CDLL(None).omp_get_max_threads()]
+runtime.jittor(threads=3)
+answer["threads"].append(ctypes.CDLL(None).omp_get_max_threads())
+child = subprocess.Popen(["sleep", "60"])
+child.kill()
+answer["killed"] = child.wait()
+answer["children"] = open(f"/proc/self/task/{os.getpid()}/children").read()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    threading.Event().wait(5)
+except KeyboardInterrupt:
+    answer["interrupt"] = True
+print(json.dumps(answer))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Jittor's first compile, where it has not been on this machine, happens here."""
+    subprocess.run([sys.executable, "-c", "from moss_jt import runtime; runtime.jittor('cpu')"], check=True)
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.run([sys.executable, "-c", code], env={**environment, **env}, capture_output=True, text=True)
+
+
+def test_jittor(compiled):
+    done = run(PROGRAM)
+    assert done.stderr == "" and done.returncode == 0
+    line, empty = done.stdout.split("\n")  # nothing but the answer
+    answer = json.loads(line)
+    assert answer.pop("threads")[1] == 3 and empty == ""
+    assert answer == {
+        "same": True,  # environment, signals, certificates of https, recursion
+        "again": True,
+        "cuda": False,
+        "numbers": [[1.5, -2.0], [3.25, 0.0]],
+        "killed": -9,  # and not this process
+        "children": "",  # no pool of compilers
+        "interrupt": True,
+    }
+
+
+@pytest.mark.parametrize(("env", "threads"), [({"OMP_NUM_THREADS": "5"}, 5), ({}, None)])
+def test_threads(compiled, env, threads):
+    from moss_jt.machine import cores
+
+    code = "from moss_jt import runtime; import ctypes; runtime.jittor('cpu'); print(ctypes.CDLL(None).omp_get_max_threads())"
+    assert int(run(code, **env).stdout) == (threads or cores().usable)
+
+
+def test_jittor_imported_by_the_program_itself(compiled):
+    code = (
+        "import os\n"
+        "os.environ.update(log_silent='1', nvcc_path='', use_mkl='0')\n"
+        "import jittor\nfrom moss_jt import runtime\nprint(runtime.jittor() is jittor)"
+    )
+    assert run(code).stdout == "True\n"
+
+
+def test_damaged_after_its_compile(tmp_path):
+    """A Jittor that was compiled well and does not load now."""
+    (tmp_path / "jittor_utils").mkdir()
+    (tmp_path / "jittor_utils/__init__.py").write_text(f"cache_path = {str(tmp_path)!r}\n")
+    (tmp_path / "jittor").mkdir()
+    (tmp_path / "jittor/compiler.py").touch()
+    body = "import sys\nif 'moss_jt.runtime' in sys.modules: raise ImportError('file too short')\n"
+    (tmp_path / "jittor/__init__.py").write_text(body)
+    code = "from moss_jt import errors, runtime\ntry: runtime.jittor('cpu')\nexcept errors.MossError as e: print(e)"
+    done = run(code, PYTHONPATH=str(tmp_path), HOME=str(tmp_path))
+    assert done.stderr == "" and done.stdout == (
+        f"Jittor cannot be imported (ImportError: file too short); to start afresh: rm -r '{tmp_path}/.cache/jittor'\n"
+    )
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """As in a process that has not imported Jittor; importing it gives the nvcc it was imported with."""
+    monkeypatch.setattr(runtime, "_module", None)
+    monkeypatch.setattr(runtime, "_import", lambda nvcc, threads: SimpleNamespace(nvcc=nvcc, has_cuda=bool(nvcc)))
+    for name in [name for name in sys.modules if name.split(".")[0] == "jittor"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+NO_GPU, GPU = Driver(problem="no NVIDIA driver is installed"), Driver((12, 4), (Device("Card", 1 << 33, (8, 6)),))
+NEW, OLD = Toolkit("/c13/bin/nvcc", (13, 0), ()), Toolkit("/c12/bin/nvcc", (12, 2), ())
+
+
+@pytest.mark.parametrize(
+    ("device", "driver", "kit", "nvcc", "said"),
+    [
+        ("auto", NO_GPU, NEW, "", ""),  # nvcc alone says nothing
+        ("auto", NO_GPU, OLD, "", ""),
+        ("auto", GPU, OLD, "/c12/bin/nvcc", ""),
+        ("cuda", GPU, OLD, "/c12/bin/nvcc", ""),
+        ("cpu", GPU, OLD, "", ""),
+        ("auto", GPU, NEW, "", "moss-jt: using the CPU, not the Card: the toolkit of /c13/bin/nvcc is CUDA 13.0"),
+        ("auto", GPU, None, "", "moss-jt: using the CPU, not the Card: there is no nvcc"),
+        ("cuda", GPU, None, None, "device cuda: there is no nvcc"),
+        ("cuda", NO_GPU, OLD, None, "device cuda: no NVIDIA driver is installed"),
+        ("gpu", NO_GPU, OLD, None, "device is 'gpu', expected auto, cpu or cuda"),
+    ],
+)
+def test_device(fresh, monkeypatch, capsys, device, driver, kit, nvcc, said):
+    monkeypatch.setattr(cuda, "driver", lambda: driver)
+    monkeypatch.setattr(cuda, "toolkit", lambda: kit)
+    if nvcc is None:
+        with pytest.raises(MossError) as e:
+            runtime.jittor(device)
+        assert str(e.value).startswith(said)
+        return
+    assert runtime.jittor(device).nvcc == nvcc
+    err = capsys.readouterr().err
+    assert err.startswith(said) and len(err.splitlines()) == bool(said)
+
+
+def test_cuda_that_does_not_compile(fresh, monkeypatch, capsys):
+    def fail(nvcc, threads):
+        if nvcc:
+            raise MossError("Jittor cannot be compiled: boom")
+        return SimpleNamespace(has_cuda=0)
+
+    monkeypatch.setattr(cuda, "driver", lambda: GPU)
+    monkeypatch.setattr(cuda, "toolkit", lambda: OLD)
+    monkeypatch.setattr(runtime, "_import", fail)
+    with pytest.raises(MossError, match="boom"):
+        runtime.jittor("cuda")
+    assert runtime.jittor().has_cuda == 0
+    assert capsys.readouterr().err == "moss-jt: using the CPU, because with CUDA: Jittor cannot be compiled: boom\n"
+
+
+def test_cuda_asked_after_the_cpu(fresh, monkeypatch):
+    monkeypatch.setattr(cuda, "driver", lambda: GPU)
+    monkeypatch.setattr(cuda, "toolkit", lambda: OLD)
+    runtime.jittor("cpu")
+    with pytest.raises(MossError, match="imported without CUDA in this process: start a new process"):
+        runtime.jittor("cuda")
+
+
+def test_a_jittor_that_computes_garbage_is_not_taken_over(fresh, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jittor", SimpleNamespace(has_cuda=0))
+    monkeypatch.setattr(requirements, "numpy", lambda: requirements.Finding("numpy", "problem", "numpy 2", "pip"))
+    with pytest.raises(MossError, match="numpy 2: pip"):
+        runtime.jittor()
+
+
+def test_environment_of_the_import(monkeypatch):
+    monkeypatch.setenv("use_mkl", "1")  # the user's choice
+    monkeypatch.setenv("nvcc_path", "/c13/bin/nvcc")  # where there is no device it would end the process
+    monkeypatch.delenv("log_silent", raising=False)
+    before = dict(os.environ)
+    with runtime._environment({"nvcc_path": ""}):
+        seen = dict(os.environ)
+        os.environ.update(cc_path="set by Jittor")
+    assert (seen["use_mkl"], seen["nvcc_path"], seen["log_silent"], seen["use_cutt"]) == ("1", "", "1", "0")
+    assert dict(os.environ) == before
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    flags = SimpleNamespace(cache_path=str(tmp_path))
+    monkeypatch.setattr(runtime, "_module", SimpleNamespace(flags=flags, has_cuda=0))
+    return tmp_path
+
+
+def test_compiling_is_said_once(cache, capfd):
+    for sources in [("a", "b"), ("a", "b"), ("a", "c"), ("ab",)]:
+        with runtime.compiling(*sources):
+            pass
+    said = ["moss-jt: compiling kernels (first run only) ...", "moss-jt: kernels are compiled (0 s)"]
+    assert capfd.readouterr().err.splitlines() == said * 3
+
+
+def test_noise_of_a_compiler_is_not_seen(cache, capfd):
+    with runtime.compiling("a"):
+        os.system("echo noise >&2")
+    assert "noise" not in capfd.readouterr().err and not list(cache.glob("*.log"))
+
+
+def test_compiling_in_another_thread(cache, capfd):
+    def compile():
+        with runtime.compiling("a"):
+            pass
+
+    thread = threading.Thread(target=compile)
+    thread.start()
+    thread.join()
+    assert len(list(cache.glob("*.compiled"))) == 1
+
+
+def test_a_kernel_that_does_not_compile(cache, capfd):
+    with pytest.raises(MossError) as e, runtime.compiling("a"):
+        os.system("echo 'In function f:' >&2; echo 'f.cc:3:1: error: no such thing' >&2")
+        raise RuntimeError("[f 1124 log.cc:605] Check failed: Run cmd failed: g++ ...\n[more]\nlines")
+    log = next(cache.glob("*.log"))
+    assert str(e.value) == f"a kernel cannot be compiled: f.cc:3:1: error: no such thing (all of it: {log})"
+    assert "In function f" in log.read_text() and "no such thing" not in capfd.readouterr().err
+    assert not list(cache.glob("*.compiled"))
+
+
+@pytest.mark.parametrize("error", [ValueError("shape"), RuntimeError("shape"), MossError("full")])
+def test_other_errors_pass(cache, error):
+    with pytest.raises(type(error), match=str(error)), runtime.compiling("a"):
+        raise error
+    assert not list(cache.glob("*.compiled"))
+
+
+def test_an_interrupt_comes_when_stderr_is_back(cache, capfd):
+    """Jittor's error, of a compiler that Ctrl-C ended, gives way to it."""
+    with pytest.raises(KeyboardInterrupt), runtime.compiling("a"):
+        os.kill(os.getpid(), 2)
+        raise RuntimeError("Run cmd failed")
+    print("seen", file=sys.stderr)
+    assert "seen" in capfd.readouterr().err and not list(cache.glob("*.compiled"))
