@@ -86,6 +86,11 @@ def test_the_index_names_every_tensor(tmp_path, ours):
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors(out).values())
 
 
+def test_storages_can_be_mapped(tmp_path, ours):
+    out = convert.export(ours, tmp_path / "out")
+    assert all(view.start % 64 == 0 for view in open_official(out).tensors.values())
+
+
 def test_torch_opens_it(tmp_path, ours):
     torch = pytest.importorskip("torch")
     out = convert.export(ours, tmp_path / "out", shard_size=4000)
