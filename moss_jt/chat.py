@@ -79,7 +79,8 @@ class Conversation:
             )
         self._special = _where_specials_start(moss.tokenizer)
         self._opening: list[int] = moss.tokenizer.encode("<|MOSS|>:")
-        self._newline: list[int] = moss.tokenizer.encode("\n")
+        end: list[int] = moss.tokenizer.encode("<eom>\n")
+        self._newline = end[end.index(self._eom) + 1 :]
         self.turns: list[Turn] = []
         self.dropped = 0
         self.system = system

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import nullcontext
 
 import pytest
 from click.testing import CliRunner
@@ -74,7 +75,7 @@ def test_each_line_is_a_message_and_only_answers_are_printed(moss):
     ],
 )
 def test_lines(raw, messages):
-    lines = Lines(io.BytesIO(raw))
+    lines = Lines(io.BytesIO(raw), False, nullcontext)
     for message in messages:
         assert lines.read() == message
     with pytest.raises(EOFError):

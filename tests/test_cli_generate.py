@@ -149,3 +149,18 @@ def test_nothing_heavy_is_imported_for_help():
     code = "import sys; from moss_jt.cli import chat, generate; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
     assert not {"numpy", "jittor", "rich", "prompt_toolkit", "tokenizers"} & set(loaded)
+
+
+def test_the_guide_names_every_option_and_command():
+    from moss_jt.cli import chat
+    from moss_jt.cli.chat_commands import COMMANDS
+
+    guide = (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
+    options = [
+        option for command in (chat.command, cli.command) for p in command.params for option in p.opts if option[0] == "-"
+    ]
+    rows = [f"`/{name} {command.argument}".rstrip().replace("|", "\\|") + "`" for name, command in COMMANDS.items()]
+    assert [word for word in options if f"`{word}" not in guide] == []
+    assert [row for row in rows if row not in guide] == []
+    defaults = {s.default for s in SETTINGS.values() if s.default and s.default is not True}
+    assert all(f"| {value} |" in guide for value in defaults)

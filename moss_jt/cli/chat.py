@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,30 @@ def _terminate(*_: Any) -> None:
     sys.exit(128 + signal.SIGTERM)  # as an exception, so that the terminal is put back in order
 
 
+class _Interrupts:
+    """Ctrl-C, made safe for a session that goes on after it: one press is one KeyboardInterrupt, and only inside ``allowed``.
+
+    So a second press cannot break what puts the answer so far away, and none of them can end the session.
+    """
+
+    def __init__(self) -> None:
+        self._armed = False
+        signal.signal(signal.SIGINT, self._pressed)
+
+    def _pressed(self, *_: Any) -> None:
+        if self._armed:
+            self._armed = False
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        self._armed = True
+        try:
+            yield
+        finally:
+            self._armed = False
+
+
 class Session:
     """One chat: a conversation, its settings, and where messages come from."""
 
@@ -50,13 +75,15 @@ class Session:
         if saved is not None and system is not None:
             self.conversation.system = system
         self.interactive = ui.is_terminal(sys.stdin)
+        # From a pipe, Ctrl-C ends the program as it does any other.
+        self._interruptible = _Interrupts().allowed if self.interactive else nullcontext
         self._asked = 0
 
     def run(self) -> None:
         """Until the input ends. From a pipe, the first error ends it, too: MossError, KeyboardInterrupt."""
         from .chat_input import open_input
 
-        messages = open_input()
+        messages = open_input(self._interruptible)
         while True:
             try:
                 self._handle(messages.read())
@@ -82,7 +109,7 @@ class Session:
         """Print an answer as it comes, and what there is to say about it. Ctrl-C stops it and keeps what there is."""
         dropped = self.conversation.dropped
         try:
-            with closing(pieces):
+            with closing(pieces), self._interruptible():
                 ui.answer(pieces)
         except KeyboardInterrupt:
             if not self.interactive:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Callable
 
 from . import ui
 from .chat_commands import COMMANDS
@@ -20,18 +20,21 @@ from .chat_options import SETTINGS, as_utf8
 PROMPT, CONTINUED = "> ", ". "
 
 
-def open_input() -> Editor | Lines:
-    """The line editor where both ends are a terminal that can move the cursor, else plain lines."""
+def open_input(interruptible: Callable[[], AbstractContextManager[None]]) -> Editor | Lines:
+    """The line editor where both ends are a terminal that can move the cursor, else plain lines.
+
+    ``interruptible`` gives a context in which Ctrl-C has its effect.
+    """
     if ui.is_terminal(sys.stdin) and ui.can_draw(sys.stdout):
         return Editor()
-    return Lines(sys.stdin.buffer, prompt=ui.is_terminal(sys.stdin))
+    return Lines(sys.stdin.buffer, ui.is_terminal(sys.stdin), interruptible)
 
 
 class Lines:
     """Messages from a stream, one a line; a backslash at a line's end continues the message on the next."""
 
-    def __init__(self, stream: BinaryIO, prompt: bool = False):
-        self._stream, self._prompt = stream, prompt
+    def __init__(self, stream: BinaryIO, prompt: bool, interruptible: Callable[[], AbstractContextManager[None]]):
+        self._stream, self._prompt, self._interruptible = stream, prompt, interruptible
 
     def read(self) -> str:
         message = ""
@@ -50,7 +53,8 @@ class Lines:
         print(prompt, end="", file=sys.stderr, flush=True)
         raw = b""
         try:
-            raw = self._stream.readline()
+            with self._interruptible():
+                raw = self._stream.readline()
         finally:
             if not raw.endswith(b"\n"):  # Ctrl-C or Ctrl-D: the cursor is still behind the prompt
                 print(file=sys.stderr)
@@ -58,7 +62,7 @@ class Lines:
 
 
 class Editor:
-    """Line editing, history and completion at a terminal."""
+    """Line editing, history and completion at a terminal. Ctrl-C is a key to it, so it needs no signal."""
 
     def __init__(self) -> None:
         from prompt_toolkit import PromptSession
@@ -79,7 +83,7 @@ class Editor:
         )
 
     def read(self) -> str:
-        return as_utf8(self._session.prompt())
+        return as_utf8(self._session.prompt(handle_sigint=False))
 
 
 def _keys() -> Any:

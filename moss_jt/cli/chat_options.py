@@ -84,13 +84,14 @@ def check_options(settings: dict[str, Any]) -> None:
 
 
 def load_model(folder: str, device: str, context: int) -> Any:
-    """The model in ``folder``, with a line on the terminal for as long as that takes. Raises MossError."""
+    """The model in ``folder``; at a terminal, a line says what is being waited for. Raises MossError."""
     from .. import load
 
     if sys.stdout is None:
         raise MossError("stdout is closed, so there is nowhere to print an answer")
-    with ui.passing(f"Loading {folder} …", sys.stderr):
-        return load(folder, device=device, context=context)
+    if ui.is_terminal(sys.stderr):
+        ui.note(f"Loading {folder} …")
+    return load(folder, device=device, context=context)
 
 
 def system_text(text: str) -> str:

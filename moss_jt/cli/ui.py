@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, TextIO
 
 import click
@@ -40,44 +41,35 @@ def _say(text: str, **style: Any) -> None:
 
 
 @contextmanager
-def passing(text: str, stream: TextIO) -> Iterator[None]:
-    """Show a text in the current line while something goes on, on a terminal only."""
-    drawn = can_draw(stream)
+def waiting() -> Iterator[None]:
+    """A sign on the terminal that something goes on, gone when it is over."""
+    drawn = can_draw(sys.stdout)
     if drawn:
-        stream.write(text)
-        stream.flush()
+        _print("…\r")  # whatever else is written meanwhile takes its place
     try:
         yield
     finally:
         if drawn:
-            stream.write(_ERASE_LINE)
-            stream.flush()
+            _print(_ERASE_LINE)
 
 
 def answer(pieces: Iterator[Any]) -> None:
     """Print pieces of text as they come, and end the line, also where the answer is interrupted."""
     sys.stdout.reconfigure(errors="replace")  # a locale without Chinese shows "?" instead of failing
-    ended = False
+    ended = True
     try:
-        with passing("…", sys.stdout):
+        with waiting():
             first = next((piece.text for piece in pieces if piece.text), "")
-        for text in _chain(first, pieces):
-            _print(text)
+        ended = False
+        for text in chain([first], (piece.text for piece in pieces)):
+            _print(text.translate(_CONTROLS) if is_terminal(sys.stdout) else text)
             ended = text.endswith("\n") if text else ended
     finally:
         if not ended:
             _print("\n")
 
 
-def _chain(first: str, pieces: Iterable[Any]) -> Iterator[str]:
-    yield first
-    for piece in pieces:
-        yield piece.text
-
-
 def _print(text: str) -> None:
-    if is_terminal(sys.stdout):
-        text = text.translate(_CONTROLS)
     sys.stdout.write(text)
     sys.stdout.flush()
 
