@@ -82,7 +82,7 @@ def _read(stamp: Path) -> dict | None:
 
 
 def _compile(cache: Path, cuda: bool) -> None:
-    log = cache / f"moss-jt-{os.getpid()}.log"
+    log = cache / f"moss-jt-{os.getpid()}.log"  # others may be waiting for the same
     jobs = _jobs()
     command = [sys.executable, "-c", _CHILD, json.dumps(sys.path), str(jobs)]
     with _shown(_SERIAL_SECONDS + _OBJECT_SECONDS / jobs) as show:
@@ -90,11 +90,10 @@ def _compile(cache: Path, cuda: bool) -> None:
             code = _run(command, log, lambda: show(_fraction(cache, cuda)))
             if code:
                 break
-    if code != _IMPORTED:
-        why = f"it was ended by {signal.Signals(-code).name}" if code < 0 else reason(log)
-        raise MossError(f"Jittor cannot be compiled: {why} (all of it: {log}; to start afresh: rm -r '{cache}')")
-    for done in cache.glob("moss-jt-*.log"):  # those of starts that were killed, too
-        done.unlink(missing_ok=True)
+        if code != _IMPORTED:
+            why = f"it was ended by {signal.Signals(-code).name}" if code < 0 else reason(log)
+            raise MossError(f"Jittor cannot be compiled: {why} (all of it: {log}; to start afresh: rm -r '{cache}')")
+    log.unlink()
 
 
 def _jobs() -> int:
@@ -119,6 +118,7 @@ def _run(command: list[str], log: Path, watch: Callable[[], None]) -> int:
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            log.unlink()
 
 
 def _fraction(cache: Path, cuda: bool) -> float:
@@ -154,7 +154,7 @@ def _shown(seconds: float) -> Iterator[Callable[[float], None]]:
     finally:
         if bar:
             bar.close()
-    if bar:
+    if bar:  # and nothing was raised
         print(f"moss-jt: Jittor is compiled ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
 
 
@@ -163,7 +163,7 @@ class _Bar:
 
     def __init__(self, title: str) -> None:
         self._progress = None
-        if not sys.stderr.isatty():
+        if not sys.stderr.isatty() or os.environ.get("TERM", "dumb") == "dumb":
             print(f"moss-jt: {title} ...", file=sys.stderr, flush=True)
             return
         from rich.console import Console
