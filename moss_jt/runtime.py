@@ -88,7 +88,7 @@ def _imported(device: str, threads: int | None) -> ModuleType:
 
 def _nvcc(device: str) -> str:
     """The nvcc to compile with; empty for the CPU. Raises MossError where ``cuda`` is asked and cannot be."""
-    if device == "cpu":
+    if device == "cpu" or (device == "auto" and os.environ.get("nvcc_path") == ""):  # noqa: SIM112 (Jittor's own name)
         return ""
     driver = cuda.driver()
     if not driver.devices and device == "auto":
@@ -106,18 +106,19 @@ def _import(nvcc: str, threads: int | None) -> ModuleType:
     chosen = {"nvcc_path": nvcc, "python_config_path": str(requirements.python_config())}
     if threads or "OMP_NUM_THREADS" not in os.environ:
         chosen["OMP_NUM_THREADS"] = str(threads or cores().usable)
+    cache = requirements.cache_folder()
     with _environment(chosen), _process_kept():
         try:
             import jittor_utils
 
-            cache = Path(jittor_utils.cache_path)
+            cache = Path(jittor_utils.cache_path)  # this compiler's, Python's and processor's part of it
             first_compile.ensure(cache, Path(jittor_utils.__file__).parent.parent / "jittor", cuda=bool(nvcc))
             import jittor
         except MossError:
             raise
         except (Exception, SystemExit) as e:  # whatever its loading may raise, damaged files included
             why = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
-            raise MossError(f"Jittor cannot be imported ({why}); to start afresh: rm -r '{requirements.cache_folder()}'") from e
+            raise MossError(f"Jittor cannot be imported ({why}); to compile it afresh: rm -r '{cache}'") from e
     return jittor
 
 

@@ -100,7 +100,7 @@ def test_damaged_after_its_compile(tmp_path):
     code = "from moss_jt import errors, runtime\ntry: runtime.jittor('cpu')\nexcept errors.MossError as e: print(e)"
     done = run(code, PYTHONPATH=str(tmp_path), HOME=str(tmp_path))
     assert done.stderr == "" and done.stdout == (
-        f"Jittor cannot be imported (ImportError: file too short); to start afresh: rm -r '{tmp_path}/.cache/jittor'\n"
+        f"Jittor cannot be imported (ImportError: file too short); to compile it afresh: rm -r '{tmp_path}'\n"
     )
 
 
@@ -109,6 +109,7 @@ def fresh(monkeypatch):
     """As in a process that has not imported Jittor; importing it gives the nvcc it was imported with."""
     monkeypatch.setattr(runtime, "_module", None)
     monkeypatch.setattr(runtime, "_import", lambda nvcc, threads: SimpleNamespace(nvcc=nvcc, has_cuda=bool(nvcc)))
+    monkeypatch.delenv("nvcc_path", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "jittor"]:
         monkeypatch.delitem(sys.modules, name)
 
@@ -143,6 +144,13 @@ def test_device(fresh, monkeypatch, capsys, device, driver, kit, nvcc, said):
     assert runtime.jittor(device).nvcc == nvcc
     err = capsys.readouterr().err
     assert err.startswith(said) and len(err.splitlines()) == bool(said)
+
+
+def test_cuda_that_the_environment_turns_off(fresh, monkeypatch):
+    monkeypatch.setattr(cuda, "driver", lambda: GPU)
+    monkeypatch.setattr(cuda, "toolkit", lambda: OLD)
+    monkeypatch.setenv("nvcc_path", "")
+    assert runtime.jittor().nvcc == ""
 
 
 def test_cuda_that_does_not_compile(fresh, monkeypatch, capsys):
