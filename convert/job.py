@@ -19,6 +19,9 @@ from .copy import Advance
 RECORD = "convert.json"
 _SMALL_FILES = 32 << 20  # bytes of disk set aside for what is written besides the weights: mostly the tokenizer's files
 
+# What file systems without locks answer, for example many clusters' Lustre: there it is up to the user not to run two at once.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
@@ -101,6 +104,9 @@ class Job:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise MossError(f"{self.partial}: another conversion is writing there; wait for it, or stop it") from None
+            except OSError as e:
+                if e.errno not in _NO_LOCKS:
+                    raise
             self._check_record(f)
             yield
 
@@ -150,7 +156,7 @@ def recorded_source(folder: Path) -> set[str]:
 def _read_record(path: Path) -> dict | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -37,10 +37,11 @@ def plan(src: Path, out: Path, format: str, shard_size: int) -> Job:
     def write(file: BinaryIO, name: str, advance: Advance) -> None:
         _WRITERS[format](file, shards[name], lambda f, t: write_tensor(f, t, bands[t.name], advance))
 
+    index_name = ".".join((*FORMATS[format], "index.json"))
     files = {name: sum(t.nbytes for t in tensors) for name, tensors in shards.items()}
     source = [src / "config.json", *(region.path for region in weights.regions.values())]
     record = {"export": format, "shard_size": shard_size, "source": source_record(source)}
-    return Job(out, record, files, partial(_write_small_files, weights, shards), write, keep_record=False)
+    return Job(out, record, files, partial(_write_small_files, weights, shards, index_name), write, keep_record=False)
 
 
 def _shards(tensors: list[Tensor], format: str, shard_size: int) -> dict[str, list[Tensor]]:
@@ -84,7 +85,7 @@ def _write_safetensors(file: BinaryIO, tensors: list[Tensor], write) -> None:
 _WRITERS = {"pytorch": write_torch, "safetensors": _write_safetensors}
 
 
-def _write_small_files(weights: Weights, shards: dict[str, list[Tensor]], folder: Path) -> None:
+def _write_small_files(weights: Weights, shards: dict[str, list[Tensor]], index_name: str, folder: Path) -> None:
     """config.json as it was, an index if there are several shards, and whatever else was copied when converting."""
     src = weights.folder
     with whole_file(folder / "config.json") as f:
@@ -92,9 +93,7 @@ def _write_small_files(weights: Weights, shards: dict[str, list[Tensor]], folder
     if len(shards) > 1:
         total = sum(t.nbytes for tensors in shards.values() for t in tensors)
         weight_map = {t.name: name for name, tensors in shards.items() for t in tensors}
-        end = next(iter(shards)).rpartition(".")[2]
-        stem = next(stem for stem, e in FORMATS.values() if e == end)
-        with whole_file(folder / f"{stem}.{end}.index.json") as f:
+        with whole_file(folder / index_name) as f:
             f.write(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode() + b"\n")
     for path in sorted(src.iterdir()):
         if path.is_file() and path.name not in _ours(src, weights):
