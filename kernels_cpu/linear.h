@@ -77,10 +77,11 @@ inline void few_rows(const Inputs& x, const f16* w, float* y, int64_t n, int64_t
 template <int T, class Finish>
 void linear_few(const Inputs& x, const f16* w, float* y, int64_t N, int64_t K, Finish finish) {
     const int R = T <= 2 ? 4 : 2;
-    const int64_t PIECE = 64;  // rows handed out at a time: far below a thread's share, and whole cache lines of y
-#pragma omp parallel for schedule(static)
-    for (int64_t n0 = 0; n0 < N; n0 += PIECE) {
-        int64_t n = n0, end = std::min(N, n0 + PIECE);
+    // Rows are handed out in pieces of some 256 KiB as threads come for them: cores may differ in speed or be taken away.
+    const int64_t piece = std::max<int64_t>(16, (1 << 17) / K / 16 * 16);
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t n0 = 0; n0 < N; n0 += piece) {
+        int64_t n = n0, end = std::min(N, n0 + piece);
         for (; n + R <= end; n += R) few_rows<R, T>(x, w, y, n, N, K);
         for (; n < end; n++) few_rows<1, T>(x, w, y, n, N, K);
         for (int t = 0; t < T; t++) finish(y + t * N + n0, t, n0, end - n0);

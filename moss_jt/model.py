@@ -30,6 +30,7 @@ class Model:
         self.length = 0  # tokens whose keys and values are in the cache
         self._ids = np.zeros(context, np.int64)  # theirs
         self._jt = jittor()
+        ops.prepare()
         self._weights = Resident(weights)
         # Zeroed pages cost nothing until they are written, so a long context is paid for as it fills.
         self._cache = np.zeros((c.n_layer, 2, c.n_head, context, c.head_size), np.float16)

@@ -35,6 +35,9 @@ _ENVIRONMENT = {
     "gdb_path": "",  # no debugger attached to a crash
     "FIX_TORCH_ERROR": "0",  # does not import torch where that is installed
     "use_parallel_op_compiler": "0",  # whose progress lines nothing silences
+    # OpenMP threads wait for each other by spinning for this long, then sleep. Its default of milliseconds made answers
+    # ten times slower as soon as another program wanted a core; this little costs nothing on an idle machine.
+    "GOMP_SPINCOUNT": "1000",
     "DISABLE_MULTIPROCESSING": "1",  # no pool of compiler processes, kept until the end even where all is compiled
 }
 # Jittor takes these over, and then ends the process on Ctrl-C or when any child of it is killed.

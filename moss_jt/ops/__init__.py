@@ -3,5 +3,6 @@
 from .attention import attention
 from .layer_norm import layer_norm
 from .linear import linear_head, linear_in, linear_out
+from .prepare import prepare
 
-__all__ = ["attention", "layer_norm", "linear_head", "linear_in", "linear_out"]
+__all__ = ["attention", "layer_norm", "linear_head", "linear_in", "linear_out", "prepare"]

@@ -11,7 +11,7 @@ from ..runtime import jittor
 
 
 @cache
-def _header(name: str) -> str:
+def header(name: str) -> str:
     """The text that includes kernels_cpu/NAME. In angle brackets, because Jittor looks for quoted files in its own
     folders only; with a digest of all kernels, because it compiles an op again when this text changes."""
     folder = Path(find_spec("moss_jt.kernels_cpu").origin).parent
@@ -21,12 +21,12 @@ def _header(name: str) -> str:
     return f"#include <{folder / name}>\n// {digest.hexdigest()}"
 
 
-def run(header: str, shape: tuple[int, ...], inputs: list, call: str, **data: float):
-    """Run ``call``, a C++ statement, now. Returns a float32 Var of the given shape, at ``out_p`` in the call.
+def run(kernels: str, shape: tuple[int, ...], inputs: list, call: str, **data: float):
+    """A float32 Var of the given shape, filled by ``call``: a C++ statement that may use what kernels_cpu/KERNELS declares.
 
-    The inputs lie at ``in0_p``, ``in1_p``, …; ``data`` (numbers) at ``data["name"]``.
+    It finds the result's memory at ``out_p``. The inputs lie at ``in0_p``, ``in1_p``, …; ``data`` (numbers) at ``data["name"]``.
     """
-    return jittor().code(shape, "float32", inputs, cpu_header=_header(header), cpu_src=call, data=data)
+    return jittor().code(shape, "float32", inputs, cpu_header=header(kernels), cpu_src=call, data=data)
 
 
 def check(name: str, expected: dict[str, tuple], **given) -> None:
