@@ -22,7 +22,7 @@ from .machine import MIB, disk_free, existing_parent
 
 JITTOR = "1.3.11.0"  # the version that moss-jt is written for and tested with
 PYTHONS = ((3, 9), (3, 12))  # numpy 1.26, the last below 2, has no wheels for later ones
-_ROOM = 300 * MIB  # Jittor's compiled core takes 25 MB, its compilers' temporary files up to 60 MB
+_ROOM = 200 * MIB  # Jittor's core takes 21 MB, and each compiler at work 4 MB of temporary files; kernels come on top
 _PYTHON = f"python3.{sys.version_info[1]}"
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
