@@ -6,16 +6,25 @@
 from __future__ import annotations
 
 import codecs
+import inspect
 import re
 import sys
 import time
 from types import SimpleNamespace
+
+from click.testing import CliRunner
 
 from moss_jt.chat import Conversation
 from moss_jt.errors import MossError
 from moss_jt.generate import Piece, Stats
 
 SPECIALS = ("<|endoftext|>", "<eoh>", "<eom>", "<eot>", "<eoc>", "<eor>")
+
+
+def runner() -> CliRunner:
+    """Keeps stdout and stderr apart, which click before 8.2 (Python 3.9's newest is 8.1) does only when asked to."""
+    old = "mix_stderr" in inspect.signature(CliRunner).parameters
+    return CliRunner(**({"mix_stderr": False} if old else {}))
 
 
 class FakeTokenizer:

@@ -8,7 +8,6 @@ import sys
 import time
 
 import pytest
-from click.testing import CliRunner
 
 import moss_jt
 from moss_jt.cli import generate as cli
@@ -16,7 +15,7 @@ from moss_jt.cli.chat_options import SETTINGS
 from moss_jt.errors import MossError
 
 from .conftest import ROOT
-from .fake_moss import FakeMoss
+from .fake_moss import FakeMoss, runner
 
 FAKE = [sys.executable, "-m", "tests.fake_moss"]
 
@@ -29,7 +28,7 @@ def moss(monkeypatch):
 
 
 def run(*args, stdin=b"", ok=True):
-    result = CliRunner().invoke(cli.command, ["-m", "folder", *args], input=stdin)
+    result = runner().invoke(cli.command, ["-m", "folder", *args], input=stdin)
     if ok:
         assert result.exit_code == 0, result.output
     return result

@@ -27,7 +27,6 @@ def command(model: str, system: str | None, context: int, device: str, saved: st
         raise MossError("standard input is closed, so there is no message to answer")
     check_options(settings)
     system = None if system is None else system_text(system)
-    signal.signal(signal.SIGTERM, _terminate)
     moss = load_model(model, device, context)
     session = Session(moss, system, saved, settings, stats)
     if session.interactive:
@@ -36,10 +35,6 @@ def command(model: str, system: str | None, context: int, device: str, saved: st
     if saved is not None:
         session.show_loaded()
     session.run()
-
-
-def _terminate(*_: Any) -> None:
-    sys.exit(128 + signal.SIGTERM)  # as an exception, so that the terminal is put back in order
 
 
 class _Interrupts:

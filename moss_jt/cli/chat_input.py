@@ -6,7 +6,9 @@ KeyboardInterrupt for Ctrl-C.
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
@@ -50,10 +52,10 @@ class Lines:
     def _readline(self, prompt: str) -> bytes:
         if not self._prompt:
             return self._stream.readline()
-        print(prompt, end="", file=sys.stderr, flush=True)
         raw = b""
         try:
             with self._interruptible():
+                print(prompt, end="", file=sys.stderr, flush=True)
                 raw = self._stream.readline()
         finally:
             if not raw.endswith(b"\n"):  # Ctrl-C or Ctrl-D: the cursor is still behind the prompt
@@ -83,7 +85,15 @@ class Editor:
         )
 
     def read(self) -> str:
-        return as_utf8(self._session.prompt(handle_sigint=False))
+        try:
+            return as_utf8(self._session.prompt(pre_run=self._put_terminal_back_at_sigterm, handle_sigint=False))
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _put_terminal_back_at_sigterm(self) -> None:
+        app = self._session.app
+        stop = SystemExit(128 + signal.SIGTERM)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: app.is_done or app.exit(exception=stop))
 
 
 def _keys() -> Any:
