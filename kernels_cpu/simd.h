@@ -70,6 +70,12 @@ inline vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline vec load_n(const float* p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 inline vec load_f16(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline vec load_f16_n(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p)); }
+inline vec to_vec(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); }
+inline vec load_u8(const uint8_t* p) { return to_vec(_mm_loadu_si128((const __m128i*)p)); }
+inline vec load_low4(const uint8_t* p) { return to_vec(_mm_and_si128(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8(15))); }
+inline vec load_high4(const uint8_t* p) {
+    return to_vec(_mm_and_si128(_mm_srli_epi16(_mm_loadu_si128((const __m128i*)p), 4), _mm_set1_epi8(15)));
+}
 inline void store(float* p, vec v) { _mm512_storeu_ps(p, v); }
 inline void store_n(float* p, vec v, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v); }
 inline vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
@@ -101,6 +107,12 @@ inline vec load_f16_n(const f16* p, int n) {
     f16 t[8] = {0};
     memcpy(t, p, 2 * n);
     return load_f16(t);
+}
+inline vec to_vec(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)); }
+inline vec load_u8(const uint8_t* p) { return to_vec(_mm_loadl_epi64((const __m128i*)p)); }
+inline vec load_low4(const uint8_t* p) { return to_vec(_mm_and_si128(_mm_loadl_epi64((const __m128i*)p), _mm_set1_epi8(15))); }
+inline vec load_high4(const uint8_t* p) {
+    return to_vec(_mm_and_si128(_mm_srli_epi16(_mm_loadl_epi64((const __m128i*)p), 4), _mm_set1_epi8(15)));
 }
 inline void store(float* p, vec v) { _mm256_storeu_ps(p, v); }
 inline void store_n(float* p, vec v, int n) {
@@ -142,6 +154,9 @@ inline vec load(const float* p) { vec r; memcpy(r.a, p, sizeof r.a); return r; }
 inline vec load_n(const float* p, int n) { vec r = zero(); memcpy(r.a, p, 4 * n); return r; }
 inline vec load_f16(const f16* p) { vec r; MOSS_LANES r.a[i] = to_float(p[i]); return r; }
 inline vec load_f16_n(const f16* p, int n) { vec r = zero(); for (int i = 0; i < n; i++) r.a[i] = to_float(p[i]); return r; }
+inline vec load_u8(const uint8_t* p) { vec r; MOSS_LANES r.a[i] = p[i]; return r; }
+inline vec load_low4(const uint8_t* p) { vec r; MOSS_LANES r.a[i] = p[i] & 15; return r; }
+inline vec load_high4(const uint8_t* p) { vec r; MOSS_LANES r.a[i] = p[i] >> 4; return r; }
 inline void store(float* p, vec v) { memcpy(p, v.a, sizeof v.a); }
 inline void store_n(float* p, vec v, int n) { memcpy(p, v.a, 4 * n); }
 inline vec add(vec a, vec b) { MOSS_LANES a.a[i] += b.a[i]; return a; }

@@ -10,10 +10,12 @@ import numpy as np
 
 from . import ops
 from .errors import MossError
+from .ops import Weight
 from .ops.attention import rotary_angles
 from .runtime import jittor
 from .swap import Resident
 from .weights import Weights
+from .weights.layout import BITS
 
 # Tokens of a prompt that pass through all blocks together. More would read the weights less often, but the products
 # of this many are already bound by arithmetic, and their activations take 0.2 MB a token.
@@ -30,7 +32,8 @@ class Model:
         self.length = 0  # tokens whose keys and values are in the cache
         self._ids = np.zeros(context, np.int64)  # theirs
         self._jt = jittor()
-        ops.prepare()
+        self._bits, self._head_bits = BITS[weights.dtype], BITS[weights.head_dtype]
+        ops.prepare(self._bits, self._head_bits)
         self._weights = Resident(weights)
         # Zeroed pages cost nothing until they are written, so a long context is paid for as it fills.
         self._cache = np.zeros((c.n_layer, 2, c.n_head, context, c.head_size), np.float16)
@@ -88,12 +91,12 @@ class Model:
         for i, (keys, values) in enumerate(self._cache_vars):
             with self._weights.block(i) as w:
                 h = ops.layer_norm(x, w["ln_1.weight"], w["ln_1.bias"], self.config.layer_norm_epsilon)
-                y = ops.linear_in(h, w["in.weight"], w["in.bias"])
+                y = ops.linear_in(h, Weight.of(w, "in.weight", self._bits), w["in.bias"])
                 a = ops.attention(y, self._angles, keys, values, self.length)
-                x = ops.linear_out(a, y, w["out.weight"], w["out.bias"], x)
+                x = ops.linear_out(a, y, Weight.of(w, "out.weight", self._bits), w["out.bias"], x)
         return x
 
     def _head(self, states: np.ndarray) -> np.ndarray:
         with self._weights.head() as w:
             h = ops.layer_norm(self._jt.array(states), w["ln_f.weight"], w["ln_f.bias"], self.config.layer_norm_epsilon)
-            return ops.linear_head(h, w["lm_head.weight"], w["lm_head.bias"]).numpy()
+            return ops.linear_head(h, Weight.of(w, "lm_head.weight", self._head_bits), w["lm_head.bias"]).numpy()

@@ -134,7 +134,7 @@ def test_golden_dialogues(trained, golden, file, pieces):
         assert [p.id for p in answer] == record["greedy_ids"]
         text = "".join(p.text for p in answer)
         assert text == trained.tokenizer.decode(record["greedy_ids"], skip_special=True)
-        assert text.split() == record["text"].split()  # theirs leaves the tokens for runs of spaces out
+        assert text.replace(" ", "") == record["text"].replace(" ", "")  # theirs leaves out the tokens for runs of spaces
         assert trained.last_stats.cached_tokens == sum(map(len, np.array_split(prompt, pieces)[:-1]))
 
 

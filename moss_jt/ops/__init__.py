@@ -2,7 +2,7 @@
 
 from .attention import attention
 from .layer_norm import layer_norm
-from .linear import linear_head, linear_in, linear_out
+from .linear import Weight, linear_head, linear_in, linear_out
 from .prepare import prepare
 
-__all__ = ["attention", "layer_norm", "linear_head", "linear_in", "linear_out", "prepare"]
+__all__ = ["Weight", "attention", "layer_norm", "linear_head", "linear_in", "linear_out", "prepare"]

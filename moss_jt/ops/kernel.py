@@ -24,7 +24,7 @@ def header(name: str) -> str:
 def run(kernels: str, shape: tuple[int, ...], inputs: list, call: str, **data: float):
     """A float32 Var of the given shape, filled by ``call``: a C++ statement that may use what kernels_cpu/KERNELS declares.
 
-    It finds the result's memory at ``out_p``. The inputs lie at ``in0_p``, ``in1_p``, …; ``data`` (numbers) at ``data["name"]``.
+    It finds the result at ``out_p``, the inputs at ``in0_p``, ``in1_p``, …, and ``data`` (numbers) at ``data["name"]``.
     """
     return jittor().code(shape, "float32", inputs, cpu_header=header(kernels), cpu_src=call, data=data)
 

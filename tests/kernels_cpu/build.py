@@ -39,13 +39,20 @@ void c_gelu_new(float* f, i64 n) { map(f, n, [](vec v, i64, int) { return gelu_n
 void c_layer_norm(const float* x, const float* w, const float* b, float* y, i64 T, i64 D, double eps) {
     layer_norm(x, w, b, y, T, D, (float)eps);
 }
-void c_linear_in(const float* x, const f16* w, const float* b, float* y, i64 T, i64 N, i64 K, i64 I) {
-    linear_in(x, w, b, y, T, N, K, I);
+// Each product takes q, scale, zero: for bits 16 the halves are q.
+#define WITH_WEIGHTS(call) \
+    if (bits == 16) { WeightsF16 w{(const f16*)q, K}; call; } \
+    else if (bits == 8) { WeightsGrouped<8> w{q, s, z, K}; call; } \
+    else { WeightsGrouped<4> w{q, s, z, K}; call; }
+typedef const uint8_t* bytes;
+void c_linear_in(const float* x, i64 bits, bytes q, const f16* s, bytes z, const float* b, float* y, i64 T, i64 N, i64 K,
+                 i64 I) {
+    WITH_WEIGHTS(linear_in(x, w, b, y, T, N, I))
 }
-void c_linear_out(const float* a, const float* m, const f16* w, const float* b, const float* r, float* y,
-                  i64 T, i64 N, i64 A, i64 I, i64 M) { linear_out(a, m, w, b, r, y, T, N, A, I, M); }
-void c_linear_head(const float* x, const f16* w, const float* b, float* y, i64 T, i64 N, i64 K) {
-    linear_head(x, w, b, y, T, N, K);
+void c_linear_out(const float* a, const float* m, i64 bits, bytes q, const f16* s, bytes z, const float* b, const float* r,
+                  float* y, i64 T, i64 N, i64 K, i64 A, i64 M) { WITH_WEIGHTS(linear_out(a, m, w, b, r, y, T, N, A, M)) }
+void c_linear_head(const float* x, i64 bits, bytes q, const f16* s, bytes z, const float* b, float* y, i64 T, i64 N, i64 K) {
+    WITH_WEIGHTS(linear_head(x, w, b, y, T, N))
 }
 void c_attention(const float* y, i64 Y, const float* angles, f16* k, f16* v, float* out, i64 H, i64 S, i64 rotary, i64 C,
                  i64 start, i64 T) { attention(y, Y, angles, k, v, out, Heads{H, S, rotary, C}, start, T); }

@@ -32,9 +32,16 @@ def poisoned(*shape: int, dtype=np.float32) -> np.ndarray:
     return np.full(shape, np.nan, dtype)
 
 
-def close(ours: np.ndarray, exact: np.ndarray, tolerance: float) -> None:
-    error = np.linalg.norm(ours.astype(np.float64) - exact) / max(np.linalg.norm(exact), 1e-30)
+def close(ours: np.ndarray, exact: np.ndarray, size: np.ndarray, tolerance: float) -> None:
+    """Error relative to ``size``: the exact values, or what they would be without chance cancellation."""
+    error = np.linalg.norm(ours.astype(np.float64) - exact) / max(np.linalg.norm(size), 1e-30)
     assert np.isfinite(ours).all() and error < tolerance, f"relative error {error:.2e}"
+
+
+def product(x: np.ndarray, w: np.ndarray, added=0) -> tuple[np.ndarray, np.ndarray]:
+    """x wᵀ + added in float64, and the size of a sum of such terms of random signs."""
+    x = x.astype(np.float64)
+    return x @ w.T + added, np.sqrt(x**2 @ (w**2).T + added**2)
 
 
 def test_every_half_converts_exactly(kernels):
@@ -78,7 +85,7 @@ def test_layer_norm(kernels, rng, T, D):
     y = poisoned(T, D)
     kernels.layer_norm(x, w, b, y, T, D, 1e-5)
     exact = reference.layer_norm(x.astype(np.float64), w, b, 1e-5)
-    close(y, exact, 1e-5)
+    close(y, exact, exact, 1e-5)
 
 
 # T, N, K: both sides of 8 tokens, rows and inputs that are no multiple of a vector, a tile or a piece.
@@ -96,46 +103,65 @@ SHAPES = [
 ]
 
 
-def half_matrix(rng, N, K):
-    w = (rng.standard_normal((N, K)) * 10.0 ** rng.integers(-4, 1, (N, 1))).astype(np.float16)
-    w.reshape(-1)[:: max(1, w.size // 7)] = 3e-7  # subnormal halves
-    return w
+def random_weights(rng, bits, N, K):
+    """(what the kernels take: bits, q, scale, zero), and the exact weights in float64."""
+    size = 10.0 ** rng.integers(-4, 1, (N, 1))  # rows of very different size
+    if bits == 16:
+        w = (rng.standard_normal((N, K)) * size).astype(np.float16)
+        w.reshape(-1)[:: max(1, w.size // 7)] = 3e-7  # subnormal halves
+        return (16, w, w, w), w.astype(np.float64)
+    groups = -(-K // 128)
+    q = rng.integers(0, 2**bits, (N, groups * 128), dtype=np.uint8)
+    scale = (rng.random((N, groups)) * size / 2**bits).astype(np.float16)
+    zero = rng.integers(0, 2**bits + (bits == 4), (N, groups), dtype=np.uint8)  # official int4 zeros go to 16
+    exact = ((q.reshape(N, groups, 128) - zero[..., None].astype(np.float64)) * scale[..., None]).reshape(N, -1)[:, :K]
+    if bits == 4:
+        halves = q.reshape(N, groups, 2, 64)
+        q = np.ascontiguousarray(halves[:, :, 0] | halves[:, :, 1] << 4)
+    return (bits, q, scale, zero), exact
 
 
+BITS = pytest.mark.parametrize("bits", [16, 8, 4])
+# 16-bit inputs, with a scale for each group of 128, where the CPU multiplies bytes (see weights_grouped.h).
+TOLERANCE = {16: 1e-6, 8: 1e-4, 4: 1e-4}
+
+
+@BITS
 @pytest.mark.parametrize("T, N, K", SHAPES)
-def test_linear_head(kernels, rng, T, N, K):
-    x, w, b = rng.standard_normal((T, K)).astype(np.float32), half_matrix(rng, N, K), rng.standard_normal(N).astype(np.float32)
+def test_linear_head(kernels, rng, bits, T, N, K):
+    x, b = rng.standard_normal((T, K)).astype(np.float32), rng.standard_normal(N).astype(np.float32)
+    weights, exact = random_weights(rng, bits, N, K)
     y = poisoned(T + 1, N)
-    kernels.linear_head(x, w, b, y, T, N, K)
-    close(y[:T], x.astype(np.float64) @ w.astype(np.float64).T + b, 1e-6)
+    kernels.linear_head(x, *weights, b, y, T, N, K)
+    close(y[:T], *product(x, exact, b), TOLERANCE[bits])
     assert np.isnan(y[T]).all()
 
 
+@BITS
 @pytest.mark.parametrize("T, N, K", SHAPES)
 @pytest.mark.parametrize("part", [0.0, 0.57, 1.0])
-def test_linear_in(kernels, rng, T, N, K, part):
+def test_linear_in(kernels, rng, bits, T, N, K, part):
     I = int(N * part)  # noqa: E741
-    x, w = rng.standard_normal((T, K)).astype(np.float32), half_matrix(rng, N, K)
-    b = rng.standard_normal(max(I, 1)).astype(np.float32)
+    x, b = rng.standard_normal((T, K)).astype(np.float32), rng.standard_normal(max(I, 1)).astype(np.float32)
+    weights, exact = random_weights(rng, bits, N, K)
     y = poisoned(T + 1, N)
-    kernels.linear_in(x, w, b, y, T, N, K, I)
-    exact = x.astype(np.float64) @ w.astype(np.float64).T
-    exact[:, N - I :] = reference.gelu_new(exact[:, N - I :] + b[:I])
-    close(y[:T], exact, 1e-6)
+    kernels.linear_in(x, *weights, b, y, T, N, K, I)
+    exact, size = product(x, exact, np.concatenate([np.zeros(N - I), b[:I]]))
+    exact[:, N - I :] = reference.gelu_new(exact[:, N - I :])
+    close(y[:T], exact, size, TOLERANCE[bits])
     assert np.isnan(y[T]).all()
 
 
+@BITS
 @pytest.mark.parametrize("T, N, K", SHAPES)
-def test_linear_out(kernels, rng, T, N, K):
+def test_linear_out(kernels, rng, bits, T, N, K):
     A = K // 4
-    I = K - A  # noqa: E741
-    M = I + 5  # the MLP's part lies at the end of longer rows
+    M = K - A + 5  # the MLP's part lies at the end of longer rows
     a, m, r = (rng.standard_normal((T, n)).astype(np.float32) for n in (A, M, N))
-    w, b = half_matrix(rng, N, K), rng.standard_normal(N).astype(np.float32)
-    y = poisoned(T + 1, N)
-    kernels.linear_out(a, m, w, b, r, y, T, N, A, I, M)
-    exact = np.concatenate([a, m[:, 5:]], 1).astype(np.float64) @ w.astype(np.float64).T + b + r
-    close(y[:T], exact, 1e-6)
+    weights, exact = random_weights(rng, bits, N, K)
+    b, y = rng.standard_normal(N).astype(np.float32), poisoned(T + 1, N)
+    kernels.linear_out(a, m, *weights, b, r, y, T, N, K, A, M)
+    close(y[:T], *product(np.concatenate([a, m[:, 5:]], 1), exact, b + r.astype(np.float64)), TOLERANCE[bits])
     assert np.isnan(y[T]).all()
 
 
@@ -161,10 +187,11 @@ def test_attention(kernels, rng, H, S, rotary, C, start, T):
 
     q, k, v = (reference.heads(part, H) for part in np.split(y[:, : 3 * D].astype(np.float64), 3, axis=1))
     q, k = (reference.rotary(a, np.arange(start, seen), rotary) for a in (q, k))
-    close(keys[:, start:seen], k, 5e-4)  # what fp16 rounds
-    close(values[:, start:seen], v, 5e-4)
+    close(keys[:, start:seen], k, k, 5e-4)  # what fp16 rounds
+    close(values[:, start:seen], v, v, 5e-4)
     for new, old in zip((keys, values), before):  # nothing else was touched
         assert np.array_equal(new[:, :start], old[:, :start]) and np.isnan(new[:, seen:]).all()
     exact = reference.attention(q, keys[:, :seen].astype(np.float64), values[:, :seen].astype(np.float64))
-    close(out[:T], exact.transpose(1, 0, 2).reshape(T, D), 3e-6)
+    exact = exact.transpose(1, 0, 2).reshape(T, D)
+    close(out[:T], exact, exact, 3e-6)
     assert np.isnan(out[T]).all()
