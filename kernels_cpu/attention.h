@@ -1,12 +1,14 @@
-// Causal attention of T new tokens over a cache, for H heads of S floats. Rotary, append and scores in one pass:
+// Causal attention of the new tokens of several sequences over their caches, for H heads of S floats. Rotary, append and
+// scores in one pass:
 //   y      (T, Y) the first product's result; columns q (D), k (D), v (D) first, heads in order, D = H S
-//   cache  keys (H, C, S) and values (H, C, S) in fp16; tokens [0, start) are there, [start, start + T) are written here
+//   cache  keys (B, H, C, S) and values (B, H, C, S) in fp16, for B sequences of up to C tokens
 //   angles (C, rotary / 2) cos, then the same of sin, for every position
 //   out    (T, D)
+// Each Sequence says which rows of y are its new tokens; those are written into the cache after the ones it has.
 // Decode moves the cache once: 4 D (start + 1) bytes. Scores, softmax and sums are fp32.
 //
-// Work is split over heads and, for many tokens, tiles of QUERIES tokens. Keys pass in tiles of KEYS, converted to fp32
-// once for all queries of the tile; the softmax runs along (its maximum and sum are corrected as larger scores appear).
+// Work is split over sequences, heads and tiles of QUERIES tokens. Keys pass in tiles of KEYS, converted to fp32 once for all
+// queries of the tile; the softmax runs along (its maximum and sum are corrected as larger scores appear).
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -19,12 +21,17 @@ struct Heads {
     int64_t D() const { return H * S; }
 };
 
+struct Sequence {
+    int32_t slot, start, first, count;  // of the cache's B; tokens it has; rows [first, first + count) of y are new
+};
+
 // Rotary: pairs (0,1), (2,3) ... of the first `rotary` entries of a head turn by the position's angles.
-inline void append(const float* y, int64_t Y, const float* angles, f16* keys, f16* values, Heads h, int64_t start, int64_t t) {
-    const float *cos = angles + (start + t) * (h.rotary / 2), *sin = cos + h.C * (h.rotary / 2);
+// Key and value of the token in row `row` of y, at position `at` of its cache.
+inline void append(const float* y, int64_t Y, const float* angles, f16* keys, f16* values, Heads h, int64_t row, int64_t at) {
+    const float *cos = angles + at * (h.rotary / 2), *sin = cos + h.C * (h.rotary / 2);
     for (int64_t head = 0; head < h.H; head++) {
-        const float *k = y + t * Y + h.D() + head * h.S, *v = k + h.D();
-        f16 *to_k = keys + (head * h.C + start + t) * h.S, *to_v = values + (head * h.C + start + t) * h.S;
+        const float *k = y + row * Y + h.D() + head * h.S, *v = k + h.D();
+        f16 *to_k = keys + (head * h.C + at) * h.S, *to_v = values + (head * h.C + at) * h.S;
         for (int64_t i = 0; i < h.rotary / 2; i++) {
             to_k[2 * i] = to_f16(k[2 * i] * cos[i] - k[2 * i + 1] * sin[i]);
             to_k[2 * i + 1] = to_f16(k[2 * i + 1] * cos[i] + k[2 * i] * sin[i]);
@@ -56,34 +63,34 @@ inline void widen(const f16* from, float* to, int64_t rows, int64_t S, int64_t P
 
 const int64_t QUERIES = 16, KEYS = 32;  // a tile of keys and one of values in fp32, 64 KiB at S = 256, stay in L2
 
-// Attention of one head for `count` tokens, first + 0 ... of the T new ones.
+// Attention of one head for `count` tokens in rows row ... of y and out, at positions at ... of their cache.
 inline void attend(const float* y, int64_t Y, const float* angles, const f16* keys, const f16* values, float* out, Heads h,
-                   int64_t start, int64_t head, int64_t first, int64_t count, float* work) {
+                   int64_t head, int64_t row, int64_t at, int64_t count, float* work) {
     const int64_t P = (h.S + VEC - 1) / VEC * VEC;
     float *q = work, *acc = q + QUERIES * P, *k32 = acc + QUERIES * P, *v32 = k32 + KEYS * P;
     float best[QUERIES], total[QUERIES], p[KEYS];
     for (int64_t i = 0; i < count; i++) {
-        const float *cos = angles + (start + first + i) * (h.rotary / 2), *sin = cos + h.C * (h.rotary / 2);
-        float* row = q + i * P;
-        const float* from = y + (first + i) * Y + head * h.S;
+        const float *cos = angles + (at + i) * (h.rotary / 2), *sin = cos + h.C * (h.rotary / 2);
+        const float* from = y + (row + i) * Y + head * h.S;
+        float* to = q + i * P;
         for (int64_t j = 0; j < h.rotary / 2; j++) {
-            row[2 * j] = from[2 * j] * cos[j] - from[2 * j + 1] * sin[j];
-            row[2 * j + 1] = from[2 * j + 1] * cos[j] + from[2 * j] * sin[j];
+            to[2 * j] = from[2 * j] * cos[j] - from[2 * j + 1] * sin[j];
+            to[2 * j + 1] = from[2 * j + 1] * cos[j] + from[2 * j] * sin[j];
         }
-        std::copy(from + h.rotary, from + h.S, row + h.rotary);
-        for (int64_t j = 0; j < h.S; j++) row[j] /= std::sqrt((float)h.S);
-        std::fill(row + h.S, row + P, 0.f);
+        std::copy(from + h.rotary, from + h.S, to + h.rotary);
+        for (int64_t j = 0; j < h.S; j++) to[j] /= std::sqrt((float)h.S);
+        std::fill(to + h.S, to + P, 0.f);
         std::fill_n(acc + i * P, P, 0.f);
         best[i] = -1e30f;
         total[i] = 0;
     }
     const f16 *ks = keys + head * h.C * h.S, *vs = values + head * h.C * h.S;
-    for (int64_t k0 = 0; k0 < start + first + count; k0 += KEYS) {
-        int64_t n = std::min(KEYS, start + first + count - k0);
+    for (int64_t k0 = 0; k0 < at + count; k0 += KEYS) {
+        int64_t n = std::min(KEYS, at + count - k0);
         widen(ks + k0 * h.S, k32, n, h.S, P);
         widen(vs + k0 * h.S, v32, n, h.S, P);
         for (int64_t i = 0; i < count; i++) {
-            int64_t seen = std::min(n, start + first + i + 1 - k0);  // keys of this tile not after the query
+            int64_t seen = std::min(n, at + i + 1 - k0);  // keys of this tile not after the query
             if (seen <= 0) continue;
             float top = best[i];
             for (int64_t j = 0; j < seen; j++) top = std::max(top, p[j] = dot(q + i * P, k32 + j * P, P));
@@ -101,25 +108,36 @@ inline void attend(const float* y, int64_t Y, const float* angles, const f16* ke
         }
     }
     for (int64_t i = 0; i < count; i++) {
-        float* to = out + (first + i) * h.D() + head * h.S;
+        float* to = out + (row + i) * h.D() + head * h.S;
         for (int64_t d = 0; d < h.S; d++) to[d] = acc[i * P + d] / total[i];
     }
 }
 
 inline void attention(const float* y, int64_t Y, const float* angles, f16* keys, f16* values, float* out, Heads h,
-                      int64_t start, int64_t T) {
-    const int64_t P = (h.S + VEC - 1) / VEC * VEC, tiles = (T + QUERIES - 1) / QUERIES;
+                      const Sequence* sequences, int64_t n) {
+    const int64_t P = (h.S + VEC - 1) / VEC * VEC, slot = h.H * h.C * h.S;
+    int64_t most = 0;
+    for (int64_t s = 0; s < n; s++) most = std::max<int64_t>(most, sequences[s].count);
+    const int64_t tiles = (most + QUERIES - 1) / QUERIES;
 #pragma omp parallel
     {
         static thread_local std::vector<float> work;
         if ((int64_t)work.size() < 2 * (QUERIES + KEYS) * P) work.resize(2 * (QUERIES + KEYS) * P);
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < T; t++) append(y, Y, angles, keys, values, h, start, t);
+        for (int64_t i = 0; i < n; i++) {
+            Sequence s = sequences[i];
+#pragma omp for schedule(static) nowait
+            for (int64_t t = 0; t < s.count; t++)
+                append(y, Y, angles, keys + s.slot * slot, values + s.slot * slot, h, s.first + t, s.start + t);
+        }
+#pragma omp barrier
+        // Late tiles see more keys: they are handed out first, so that no thread starts a long one last.
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < h.H * tiles; i++) {
-            // Late tiles see more keys: hand them out first, so that no thread starts a long one last.
-            int64_t head = i % h.H, first = (tiles - 1 - i / h.H) * QUERIES;
-            attend(y, Y, angles, keys, values, out, h, start, head, first, std::min(QUERIES, T - first), work.data());
+        for (int64_t i = 0; i < tiles * n * h.H; i++) {
+            Sequence s = sequences[i / h.H % n];
+            int64_t head = i % h.H, first = (tiles - 1 - i / h.H / n) * QUERIES;
+            if (first < s.count)
+                attend(y, Y, angles, keys + s.slot * slot, values + s.slot * slot, out, h, head, s.first + first,
+                       s.start + first, std::min(QUERIES, s.count - first), work.data());
         }
     }
 }

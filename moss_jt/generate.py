@@ -89,7 +89,7 @@ def generate(
     limit = min(len(ids) + max_new_tokens, model.context)
     sequence = np.empty(limit, np.int64)
     sequence[: len(ids)] = ids
-    stats.prompt_tokens, stats.cached_tokens = len(ids), model.reusable(ids)
+    stats.prompt_tokens, stats.cached_tokens = len(ids), model.sequence.reusable(ids)
     before = time.perf_counter()
     for length in range(len(ids), limit):
         # The whole sequence each time: the model evaluates only what it has not, even when it was used in between.

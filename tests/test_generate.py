@@ -42,7 +42,7 @@ class Script:
 
     def __init__(self, answer: bytes, end: int = EOM, context: int = 100, prompt: int = 2):
         self._answer, self.context, self._prompt = [*answer, end], context, prompt
-        self.asked = []
+        self.asked, self.sequence = [], self  # which is asked what is reusable
 
     def reusable(self, ids):
         return 1

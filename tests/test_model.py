@@ -9,6 +9,7 @@ import pytest
 
 import moss_jt
 from moss_jt import MossError
+from moss_jt.cache import Cache
 from moss_jt.config import Config
 from moss_jt.model import Model
 from moss_jt.weights import open_weights
@@ -45,7 +46,7 @@ def random_model(request, tmp_path_factory):
 def test_logits_are_the_reference_s(random_model, length):
     model, state, config = random_model
     ids = np.random.default_rng().integers(0, 120, length)
-    model.truncate(0)
+    model.sequence.truncate(0)
     exact = reference.logits(config, state, ids)
     assert error(model.logits(ids, last=length), exact) < 1e-3
     assert model.logits(ids).shape == (1, 120)
@@ -55,12 +56,11 @@ def test_logits_do_not_depend_on_how_the_tokens_came(random_model, monkeypatch):
     model, state, config = random_model
     ids = np.random.default_rng().integers(0, 120, 37)
     exact = reference.logits(config, state, ids)
-    model.truncate(0)
-    pieces = [model.forward(ids[a:b], last=3) for a, b in ((0, 1), (1, 2), (2, 20), (20, 37))]
-    assert [len(p) for p in pieces] == [1, 1, 3, 3]
-    assert error(np.concatenate(pieces), exact[[0, 1, 17, 18, 19, 34, 35, 36]]) < 1e-3
+    model.sequence.truncate(0)
+    for end in (1, 2, 20, 37):
+        assert error(model.logits(ids[:end], last=3), exact[max(0, end - 3) : end]) < 1e-3
     monkeypatch.setattr("moss_jt.model.CHUNK", 8)  # a prompt longer than a chunk
-    model.truncate(0)
+    model.sequence.truncate(0)
     assert error(model.logits(ids, last=20), exact[-20:]) < 1e-3
 
 
@@ -68,27 +68,38 @@ def test_a_common_beginning_is_not_evaluated_again_and_changes_nothing(random_mo
     model, state, config = random_model
     a = np.arange(30)
     b = np.concatenate([a[:12], a[20:28]])
-    model.truncate(0)
+    model.sequence.truncate(0)
     model.logits(a)
-    assert (model.reusable(a), model.reusable(a, last=5), model.reusable(b), model.reusable([])) == (29, 25, 12, 0)
+    reusable = model.sequence.reusable
+    assert (reusable(a), reusable(a, last=5), reusable(b), reusable([])) == (29, 25, 12, 0)
     assert error(model.logits(b, last=2), reference.logits(config, state, b)[-2:]) < 1e-3
-    assert model.length == len(b)
+    assert model.sequence.length == len(b)
     assert error(model.logits(a, last=30), reference.logits(config, state, a)) < 1e-3
+
+
+def test_several_sequences_share_sweeps(random_model, monkeypatch):
+    model, state, config = random_model
+    sequences = Cache(config, 40, places=3).sequences
+    ids = [np.random.default_rng().integers(0, 120, n) for n in (40, 7, 23)]
+    for parts in ((5, 6, 1), (20, 7, 2), (40, 7, 23)):  # each grows at its own pace, one not at all
+        got = model.evaluate([(s, i[:n], 4) for s, i, n in zip(sequences, ids, parts)])
+        for logits, i, n in zip(got, ids, parts):
+            assert error(logits, reference.logits(config, state, i[:n])[-4:]) < 1e-3
+    monkeypatch.setattr("moss_jt.model.CHUNK", 16)
+    for s in sequences:
+        s.truncate(3)
+    for logits, i in zip(model.evaluate([(s, i, 5) for s, i in zip(sequences[1:], ids[1:])]), ids[1:]):
+        assert error(logits, reference.logits(config, state, i)[-5:]) < 1e-3
 
 
 def test_what_cannot_be_evaluated_is_said_and_changes_nothing(random_model):
     model, _, _ = random_model
-    model.truncate(0)
-    model.forward([1, 2, 3])
-    for ids, text in (
-        ([], "no tokens"),
-        ([120], "token id 120"),
-        ([-1], "token id -1"),
-        ([5] * 38, "do not fit the context of 40"),
-    ):
+    model.sequence.truncate(0)
+    model.logits([1, 2, 3])
+    for ids, text in (([], "no tokens"), ([120], "token id 120"), ([-1], "token id -1"), ([5] * 41, "fit the context of 40")):
         with pytest.raises(MossError, match=text):
-            model.forward(ids)
-    assert model.length == 3
+            model.logits(ids)
+    assert model.sequence.length == 3
 
 
 def test_as_codegen_of_transformers(random_model):
@@ -127,15 +138,16 @@ def test_golden_logits(trained, golden):
 def test_golden_dialogues(trained, golden, file, pieces):
     for record in json.loads((golden / file).read_text()):
         prompt = record["prompt_ids"]
-        trained.model.truncate(0)
-        for part in np.array_split(prompt, pieces)[:-1]:
-            trained.model.forward(part)
+        trained.model.sequence.truncate(0)
+        ends = np.cumsum([len(part) for part in np.array_split(prompt, pieces)])[:-1]
+        for end in ends:
+            trained.model.logits(prompt[:end])
         answer = list(trained.generate(prompt, greedy=True, max_new_tokens=400))
         assert [p.id for p in answer] == record["greedy_ids"]
         text = "".join(p.text for p in answer)
         assert text == trained.tokenizer.decode(record["greedy_ids"], skip_special=True)
         assert text.replace(" ", "") == record["text"].replace(" ", "")  # theirs leaves out the tokens for runs of spaces
-        assert trained.last_stats.cached_tokens == sum(map(len, np.array_split(prompt, pieces)[:-1]))
+        assert trained.last_stats.cached_tokens == (ends[-1] if pieces > 1 else 0)
 
 
 def test_an_interrupted_answer_leaves_the_model_usable(trained, golden):

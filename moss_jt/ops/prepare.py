@@ -22,9 +22,9 @@ def prepare(bits: int, head_bits: int) -> None:
     lazily = jt.flag_scope(lazy_execution=1, use_parallel_op_compiler=8, no_grad=1)
     with compiling(*sources, f"{bits} {head_bits}"), lazily:
         d, inner, heads = 8, 8, 4
-        x, cache = _zeros(1, d), [_zeros(heads, 1, d // heads, dtype="float16") for _ in range(2)]
+        x, cache = _zeros(1, d), [_zeros(1, heads, 1, d // heads, dtype="float16") for _ in range(2)]
         y = linear_in(layer_norm(x, _zeros(d), _zeros(d), 1e-5), _weight(bits, 3 * d + inner, d), _zeros(inner))
-        a = attention(y, jt.array(rotary_angles(1, 2)), *cache, 0)
+        a = attention(y, jt.array(rotary_angles(1, 2)), *cache, np.array([[0, 0, 0, 1]], np.int32))
         x = linear_out(a, y, _weight(bits, d, d + inner), _zeros(d), x)
         linear_head(x, _weight(head_bits, 1, d), _zeros(1)).sync()
 

@@ -55,7 +55,7 @@ void c_linear_head(const float* x, i64 bits, bytes q, const f16* s, bytes z, con
     WITH_WEIGHTS(linear_head(x, w, b, y, T, N))
 }
 void c_attention(const float* y, i64 Y, const float* angles, f16* k, f16* v, float* out, i64 H, i64 S, i64 rotary, i64 C,
-                 i64 start, i64 T) { attention(y, Y, angles, k, v, out, Heads{H, S, rotary, C}, start, T); }
+                 const Sequence* sequences, i64 n) { attention(y, Y, angles, k, v, out, Heads{H, S, rotary, C}, sequences, n); }
 }
 """
 

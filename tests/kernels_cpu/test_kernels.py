@@ -166,32 +166,43 @@ def test_linear_out(kernels, rng, bits, T, N, K):
 
 
 @pytest.mark.parametrize(
-    "H, S, rotary, C, start, T",
+    "H, S, rotary, C, sequences",  # of each sequence: tokens in the cache, new tokens
     [
-        (4, 8, 8, 40, 0, 1),
-        (4, 24, 6, 70, 0, 33),
-        (8, 16, 4, 100, 60, 1),
-        (4, 256, 64, 130, 90, 3),
-        (12, 20, 20, 64, 31, 33),
-        (4, 64, 32, 200, 100, 100),
+        (4, 8, 8, 40, [(0, 1)]),
+        (4, 24, 6, 70, [(0, 33)]),
+        (8, 16, 4, 100, [(60, 1)]),
+        (4, 256, 64, 130, [(90, 3)]),
+        (12, 20, 20, 64, [(31, 33)]),
+        (4, 64, 32, 200, [(100, 100)]),
+        (4, 40, 16, 90, [(3, 1), (0, 70), (50, 40), (89, 1)]),
     ],
 )
-def test_attention(kernels, rng, H, S, rotary, C, start, T):
-    D, Y, seen = H * S, 3 * H * S + 7, start + T
+def test_attention(kernels, rng, H, S, rotary, C, sequences):
+    D, Y, B = H * S, 3 * H * S + 7, len(sequences) + 1
+    slots = rng.permutation(B)[:-1]  # one slot of the cache stays untouched
+    first = np.cumsum([0, *(count for _, count in sequences)])
+    T = first[-1]
+    table = np.array([(slot, start, f, n) for slot, f, (start, n) in zip(slots, first, sequences)], np.int32)
     y = rng.standard_normal((T, Y)).astype(np.float32) * 2
-    keys, values = (np.full((H, C, S), np.nan, np.float16) for _ in range(2))
-    keys[:, :start], values[:, :start] = rng.standard_normal((2, H, start, S)).astype(np.float16)
-    before = keys.copy(), values.copy()
-    out = poisoned(T + 1, D)
-    kernels.attention(y, Y, rotary_angles(C, rotary), keys, values, out, H, S, rotary, C, start, T)
+    keys, values = (np.full((B, H, C, S), np.nan, np.float16) for _ in range(2))
+    for slot, start, _, _ in table:
+        keys[slot, :, :start], values[slot, :, :start] = rng.standard_normal((2, H, start, S)).astype(np.float16)
+    before, out = (keys.copy(), values.copy()), poisoned(T + 1, D)
+    kernels.attention(y, Y, rotary_angles(C, rotary), keys, values, out, H, S, rotary, C, table, len(table))
 
-    q, k, v = (reference.heads(part, H) for part in np.split(y[:, : 3 * D].astype(np.float64), 3, axis=1))
-    q, k = (reference.rotary(a, np.arange(start, seen), rotary) for a in (q, k))
-    close(keys[:, start:seen], k, k, 5e-4)  # what fp16 rounds
-    close(values[:, start:seen], v, v, 5e-4)
-    for new, old in zip((keys, values), before):  # nothing else was touched
-        assert np.array_equal(new[:, :start], old[:, :start]) and np.isnan(new[:, seen:]).all()
-    exact = reference.attention(q, keys[:, :seen].astype(np.float64), values[:, :seen].astype(np.float64))
-    exact = exact.transpose(1, 0, 2).reshape(T, D)
-    close(out[:T], exact, exact, 3e-6)
+    for slot, start, row, n in table:
+        seen, rows = start + n, slice(row, row + n)
+        q, k, v = (reference.heads(part, H) for part in np.split(y[rows, : 3 * D].astype(np.float64), 3, axis=1))
+        q, k = (reference.rotary(a, np.arange(start, seen), rotary) for a in (q, k))
+        close(keys[slot, :, start:seen], k, k, 5e-4)  # what fp16 rounds
+        close(values[slot, :, start:seen], v, v, 5e-4)
+        exact = reference.attention(q, *(cache[slot, :, :seen].astype(np.float64) for cache in (keys, values)))
+        exact = exact.transpose(1, 0, 2).reshape(n, D)
+        close(out[rows], exact, exact, 3e-6)
+        for old in before:  # what was not new
+            old[slot, :, start:seen] = 0
+        for new in (keys, values):
+            new[slot, :, start:seen] = 0
+    for new, old in zip((keys, values), before):
+        assert np.array_equal(new, old, equal_nan=True)
     assert np.isnan(out[T]).all()
