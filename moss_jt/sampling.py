@@ -62,7 +62,8 @@ class Sampler:
         if s.greedy:
             return int(logits.argmax())
         ids, p = distribution(logits, s.temperature, s.top_k, s.top_p)
-        return int(self._rng.choice(ids, p=p))
+        at = np.searchsorted(np.cumsum(p), self._rng.random(), side="right")
+        return int(ids[min(at, len(ids) - 1)])  # a sum of probabilities may end below 1
 
 
 def penalised(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
