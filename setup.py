@@ -17,14 +17,15 @@ def packages() -> dict[str, str]:
     return found
 
 
-parity = ["torch==2.13.0", "transformers>=4.40"]  # an independent implementation, for tests only
-test = ["pytest>=7", "hypothesis>=6", "ruff>=0.4"]
+# An independent implementation, for tests only. One version of torch, because each is gigabytes; `run` takes its CPU build.
+parity = ["torch==2.13.0", "transformers>=4.40"]
+test = ["pytest>=7", "hypothesis>=6", "ruff>=0.4", "setuptools>=70.1"]  # that setuptools builds wheels by itself
 
 setup(
     name="moss-jt",
     version="0.1.0",
     description="MOSS (moss-moon-003, 16 B) in Jittor, on the machine you already have",
-    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.9,<3.13",
