@@ -1,15 +1,16 @@
-"""From a prompt to pieces of text: one token at a time, until a stop."""
+"""From prompts to pieces of text: sweep after sweep, until each answer stops."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import MossError
+from .drafts import Drafts
 from .sampling import Sampler, Sampling
+from .stopping import Stop, Text
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Piece:
 
     id: int
     text: str  # what became certain with it; "" in the middle of a character, and for special tokens
-    seconds: float  # since the piece before; the first one's is the time of the prompt
+    seconds: float  # since the piece before; the first one's is the time of the prompt, that of a draft come true next to none
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Stats:
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    sweeps: int = 0  # over the weights; fewer than new_tokens where drafts came true
     stopped: bool = False  # by a stop token or string, rather than by a limit
 
     def count(self, seconds: float) -> None:
@@ -50,91 +52,75 @@ class Stats:
         return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
 
-@dataclass(frozen=True)
-class Stop:
-    """What ends an answer: token ids, and strings that are not shown."""
+class Answer:
+    """One sequence being continued: what was chosen, what of it was shown, and when it ends."""
 
-    ids: frozenset[int] = field(default_factory=frozenset)
-    strings: tuple[str, ...] = ()
+    def __init__(
+        self, tokenizer, ids: list[int], stop: Stop, sampling: Sampling, limit: int, drafts: Drafts | None, stats: Stats
+    ):
+        """limit: tokens of prompt and answer together. drafts: guesses ahead, if any. stats: filled as the answer grows."""
+        self.done = False
+        self.stats = stats
+        self._stop, self._sampler, self._drafts = stop, Sampler(sampling), drafts
+        self._text = Text(tokenizer.decoder(skip_special=True), stop.strings)
+        self._sequence = np.empty(limit, np.int64)
+        self._sequence[: len(ids)] = ids
+        self._length = stats.prompt_tokens = len(ids)
 
-    @classmethod
-    def of(cls, stop: int | str | Iterable[int | str] | None, tokenizer, eos: int | None) -> Stop:
-        """From what ``generate`` takes. A string that is a token of its own, such as ``<eom>``, stands for its id.
+    @property
+    def ids(self) -> np.ndarray:
+        """Prompt and answer so far."""
+        return self._sequence[: self._length]
 
-        None: the model's end token, and the ends of an answer and of a command, ``<eom>`` and ``<eoc>``.
+    def draft(self) -> np.ndarray:
+        """Guesses for the tokens that come next, to be evaluated with the rest; the last token is never guessed."""
+        if self._drafts is None or not self.stats.new_tokens:
+            return self._sequence[:0]
+        return self._drafts.propose(self.ids, len(self._sequence) - self._length - 1)
+
+    def take(self, logits: np.ndarray, draft: np.ndarray, before: float) -> list[Piece]:
+        """Choose as many tokens as the logits after ids and after each token of the draft allow.
+
+        Each is chosen as it would have been without a draft, and those after a wrong guess are not looked at: so drafts
+        change neither the distribution nor, with the same seed, the answer. before: when the sweep began.
         """
-        if stop is None:
-            ids = [eos, tokenizer.token_id("<eom>"), tokenizer.token_id("<eoc>")]
-            return cls(frozenset(i for i in ids if i is not None))
-        ids, strings = set(), []
-        for s in [stop] if isinstance(stop, (int, str)) else stop:
-            token = tokenizer.token_id(s) if isinstance(s, str) else int(s)
-            if not isinstance(s, str) or token in tokenizer.special_ids:
-                ids.add(token)
-            elif s:
-                strings.append(s)
-            else:
-                raise MossError("an empty stop string would stop every answer at once")
-        return cls(frozenset(ids), tuple(strings))
+        self.stats.sweeps += 1
+        start, pieces = before, []
+        for i, row in enumerate(logits):
+            pieces.append(self._add(self._sampler.choose(row, self.ids), before))
+            before = time.perf_counter()
+            if self.done or i == len(draft) or pieces[-1].id != draft[i]:
+                break
+        if self._drafts is not None and self.stats.sweeps > 1:
+            self._drafts.learn(len(draft), len(pieces) - 1, time.perf_counter() - start)
+        return pieces
+
+    def _add(self, chosen: int, before: float) -> Piece:
+        self._sequence[self._length] = chosen
+        self._length += 1
+        shown = self._text.push(chosen)
+        self.stats.stopped = chosen in self._stop.ids or self._text.stopped
+        self.done = self.stats.stopped or self._length == len(self._sequence)
+        if self.done:
+            shown += self._text.finish()
+        seconds = time.perf_counter() - before
+        self.stats.count(seconds)
+        return Piece(chosen, shown, seconds)
 
 
-def generate(
-    model, tokenizer, ids: list[int], stop: Stop, sampling: Sampling, max_new_tokens: int, stats: Stats
-) -> Iterator[Piece]:
-    """Continue ids, yielding a Piece per token, the stop token's included. Fills stats as it goes.
+def generate(model, answers: list[Answer], sequences: list) -> Iterator[tuple[int, Piece]]:
+    """Continue all answers, each sweep shared by those not done; yields (which answer, its next piece).
 
-    Ends at a stop, after max_new_tokens, or when the model's context is full. It can be closed at any time.
+    sequences: where in the model's cache each one lives. A piece comes for every token, the stop token's included. An answer
+    ends at a stop or at its limit. The generator can be closed at any time.
     """
-    sampler, text = Sampler(sampling), _Text(tokenizer.decoder(skip_special=True), stop.strings)
-    limit = min(len(ids) + max_new_tokens, model.context)
-    sequence = np.empty(limit, np.int64)
-    sequence[: len(ids)] = ids
-    stats.prompt_tokens, stats.cached_tokens = len(ids), model.sequence.reusable(ids)
-    before = time.perf_counter()
-    for length in range(len(ids), limit):
-        # The whole sequence each time: the model evaluates only what it has not, even when it was used in between.
-        chosen = sampler.choose(model.logits(sequence[:length])[0], sequence[:length])
-        sequence[length] = chosen
-        shown = text.push(chosen)
-        stats.stopped = chosen in stop.ids or text.stopped
-        last = stats.stopped or length + 1 == limit
-        if last:
-            shown += text.finish()
-        now = time.perf_counter()
-        stats.count(now - before)
-        yield Piece(chosen, shown, now - before)
-        if last:
-            return
-        before = time.perf_counter()  # what the caller did with the piece is not ours
-
-
-class _Text:
-    """Tokens in, text out; holds back what may yet turn out to be the beginning of a stop string."""
-
-    def __init__(self, decoder, stops: tuple[str, ...]):
-        self._decoder, self._stops = decoder, stops
-        self._held = ""
-        self.stopped = False
-
-    def push(self, token: int) -> str:
-        return self._release(self._decoder.push(token), final=False)
-
-    def finish(self) -> str:
-        return self._release(self._decoder.finish(), final=True)
-
-    def _release(self, new: str, final: bool) -> str:
-        if self.stopped:
-            return ""
-        text = self._held + new
-        found = min((at for at in map(text.find, self._stops) if at >= 0), default=-1)
-        if found >= 0:
-            self.stopped = True
-            return text[:found]
-        keep = 0 if final else max((_overlap(text, s) for s in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper beginning of ``stop`` that ``text`` ends with."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    for answer, sequence in zip(answers, sequences):
+        answer.stats.cached_tokens = sequence.reusable(answer.ids)
+    while going := [i for i, answer in enumerate(answers) if not answer.done]:
+        before = time.perf_counter()
+        drafts = [answers[i].draft() for i in going]
+        # All ids each time: the model evaluates only what it has not, even when it was used in between.
+        requests = [(sequences[i], np.concatenate([answers[i].ids, d]), len(d) + 1) for i, d in zip(going, drafts)]
+        for i, draft, logits in zip(going, drafts, model.evaluate(requests)):
+            for piece in answers[i].take(logits, draft, before):
+                yield i, piece

@@ -38,6 +38,11 @@ class Model:
         self._angles = self._jt.array(rotary_angles(context, self.config.rotary_dim))
         self.sequence = Cache(self.config, context).sequences[0]
 
+    @property
+    def streams(self) -> bool:
+        """Whether a sweep brings weights from elsewhere, so that more tokens in it cost next to nothing."""
+        return self._weights.streams
+
     def logits(self, ids, last: int = 1) -> np.ndarray:
         """Logits of the last ``last`` positions of a sequence (list or array of ids), float32 (last, V).
 

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from .cache import Cache
 from .config import Config
+from .drafts import Drafts
 from .errors import MossError
-from .generate import Piece, Stats, Stop, generate
+from .generate import Answer, Piece, Stats, generate
 from .model import Model
 from .runtime import jittor
 from .sampling import Sampling
+from .stopping import Stop
 from .tokenizer import load_tokenizer
 from .weights import open_weights
 
@@ -62,22 +65,42 @@ class Moss:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         stop: int | str | Iterable[int | str] | None = None,
+        drafts: bool | None = None,
     ) -> Iterator[Piece]:
         """Continue a text, or ids, yielding a Piece (``.id``, ``.text``, ``.seconds``) per token.
 
         repetition_penalty: None is 1.02 when sampling, none when greedy. stop: ids and strings that end the answer; a stop
         token's piece is yielded, a stop string is not shown; None: the model's end token, ``<eom>`` and ``<eoc>``.
-        seed: the same seed gives the same answer. Raises MossError, at once, for values that make no sense.
+        seed: the same seed gives the same answer. drafts: guess tokens from the text so far and check several in one sweep,
+        which changes the speed and not the answer; None: where weights stream. Raises MossError, at once, for values that
+        make no sense.
         """
         sampling = Sampling(greedy, temperature, top_k, top_p, repetition_penalty, seed)
+        self.last_stats = Stats()
+        answer = self._answer(prompt, max_new_tokens, sampling, stop, drafts, self.last_stats)
+        return (piece for _, piece in generate(self.model, [answer], [self.model.sequence]))
+
+    def generate_batch(
+        self, prompts: Iterable[str | Iterable[int]], max_new_tokens: int = 256, stop=None, drafts=None, **sampling
+    ) -> Iterator[tuple[int, Piece]]:
+        """Continue several prompts at once, all in the same sweeps over the weights; yields (which prompt, its next piece).
+
+        Takes what ``generate`` takes. With a seed, each prompt's answer is the one that generate would give it.
+        """
+        chosen = Sampling(**sampling)
+        answers = [self._answer(p, max_new_tokens, chosen, stop, drafts, Stats()) for p in prompts]
+        cache = Cache(self.config, self.context, places=len(answers))
+        return generate(self.model, answers, cache.sequences)
+
+    def _answer(self, prompt, max_new_tokens: int, sampling: Sampling, stop, drafts: bool | None, stats: Stats) -> Answer:
         if max_new_tokens < 1:
             raise MossError(f"max_new_tokens is {max_new_tokens}, it must be 1 or more")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         if len(ids) >= self.context:
             raise MossError(f"the prompt has {len(ids)} tokens and leaves no room for an answer in a context of {self.context}")
         stops = Stop.of(stop, self.tokenizer, self.config.eos_token_id)
-        self.last_stats = Stats()
-        return generate(self.model, self.tokenizer, ids, stops, sampling, max_new_tokens, self.last_stats)
+        guess = Drafts() if (self.model.streams if drafts is None else drafts) else None
+        return Answer(self.tokenizer, ids, stops, sampling, min(len(ids) + max_new_tokens, self.context), guess, stats)
 
     def chat(self, system: str | None = None):
         """A Conversation; ``system`` replaces MOSS's meta instruction."""

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from moss_jt import MossError
-from moss_jt.generate import Stats, Stop, generate
+from moss_jt.drafts import Drafts
+from moss_jt.generate import Answer, Stats, generate
 from moss_jt.sampling import Sampling
+from moss_jt.stopping import Stop
 
 EOM, EOC = 256, 257
 
@@ -40,24 +42,29 @@ class Decoder:
 class Script:
     """A model that says a text, whatever it is asked; keeps what it was given."""
 
-    def __init__(self, answer: bytes, end: int = EOM, context: int = 100, prompt: int = 2):
-        self._answer, self.context, self._prompt = [*answer, end], context, prompt
-        self.asked, self.sequence = [], self  # which is asked what is reusable
+    def __init__(self, answer: bytes, end: int = EOM, prompt: int = 2):
+        self._answer, self._prompt = [*answer, end], prompt
+        self.asked = []
 
     def reusable(self, ids):
         return 1
 
-    def logits(self, ids):
-        self.asked.append(list(ids))
-        logits = np.zeros((1, 258), np.float32)
-        logits[0, self._answer[min(len(ids) - self._prompt, len(self._answer) - 1)]] = 9
+    def evaluate(self, requests):
+        self.asked += [list(ids) for _, ids, _ in requests]
+        return [self._logits(len(ids), last) for _, ids, last in requests]
+
+    def _logits(self, length, last):
+        logits = np.zeros((last, 258), np.float32)
+        for i in range(last):
+            said = length - last + 1 + i - self._prompt
+            logits[i, self._answer[min(said, len(self._answer) - 1)]] = 9
         return logits
 
 
-def run(model, stop=None, max_new_tokens=50, prompt=(1, 2)):
-    stats = Stats()
-    stops = Stop.of(stop, Bytes(), EOM)
-    return list(generate(model, Bytes(), list(prompt), stops, Sampling(greedy=True), max_new_tokens, stats)), stats
+def run(model, stop=None, max_new_tokens=50, prompt=(1, 2), context=100, drafts=None):
+    stats, limit = Stats(), min(len(prompt) + max_new_tokens, context)
+    answer = Answer(Bytes(), list(prompt), Stop.of(stop, Bytes(), EOM), Sampling(greedy=True), limit, drafts, stats)
+    return [piece for _, piece in generate(model, [answer], [model])], stats
 
 
 def test_pieces_until_the_stop_token_which_is_included():
@@ -79,7 +86,7 @@ def test_commands_end_stops_too_unless_stops_are_given():
 def test_limits_end_an_answer_with_what_the_decoder_holds():
     pieces, stats = run(Script("中文".encode()), max_new_tokens=4)
     assert "".join(p.text for p in pieces) == "中\ufffd" and not stats.stopped
-    pieces, _ = run(Script(b"x" * 50, context=10))
+    pieces, _ = run(Script(b"x" * 50), context=10)
     assert len(pieces) == 8  # prompt and answer fill the context
 
 
@@ -103,3 +110,26 @@ def test_what_stops():
     assert Stop.of([], Bytes(), 7) == Stop()
     with pytest.raises(MossError, match="empty stop"):
         Stop.of("", Bytes(), 7)
+
+
+def test_drafts_come_true_in_fewer_sweeps_and_change_nothing():
+    text = b"one two three, one two three, one two three, one two three."
+    plain, _ = run(Script(text), max_new_tokens=80)
+    drafted, stats = run(Script(text), max_new_tokens=80, drafts=Drafts())
+    assert [(p.id, p.text) for p in drafted] == [(p.id, p.text) for p in plain]
+    assert stats.new_tokens == len(plain) and stats.sweeps < 0.6 * len(plain)
+
+
+def test_several_answers_share_sweeps():
+    models = [Script(b"abc"), Script(b"wxyz!", end=EOC)]
+
+    class Both:
+        def evaluate(self, requests):
+            return [sequence.evaluate([(None, ids, last)])[0] for sequence, ids, last in requests]
+
+    stop, stats = Stop.of(None, Bytes(), EOM), [Stats(), Stats()]
+    answers = [Answer(Bytes(), [1, 2], stop, Sampling(greedy=True), 40, None, s) for s in stats]
+    got = list(generate(Both(), answers, models))
+    assert ["".join(p.text for i, p in got if i == n) for n in (0, 1)] == ["abc", "wxyz!"]
+    assert [i for i, _ in got] == [0, 1, 0, 1, 0, 1, 0, 1, 1, 1]
+    assert [s.sweeps for s in stats] == [4, 6]

@@ -163,3 +163,18 @@ def test_an_interrupted_answer_leaves_the_model_usable(trained, golden):
         ids[0].append(next(a).id)
         ids[1].append(next(b).id)
     assert ids == [first["greedy_ids"][:10], second["greedy_ids"][:10]]
+
+
+@pytest.mark.parametrize("how", [{"greedy": True}, {"seed": 5, "temperature": 1.5, "top_p": 0.99}])
+def test_drafts_and_batches_change_no_answer(trained, golden, how):
+    prompts = [r["prompt_ids"] for r in json.loads((golden / "turns.json").read_text())[:4]]
+    alone = [[p.id for p in trained.generate(prompt, **how)] for prompt in prompts]
+    drafted, sweeps = [], 0
+    for prompt in prompts:
+        drafted.append([p.id for p in trained.generate(prompt, drafts=True, **how)])
+        sweeps += trained.last_stats.sweeps
+    assert drafted == alone and sweeps < sum(map(len, alone))
+    together = [[] for _ in prompts]
+    for i, piece in trained.generate_batch(prompts, drafts=True, **how):
+        together[i].append(piece.id)
+    assert together == alone

@@ -15,6 +15,8 @@ class Resident:
     """Lends weights as Jittor Vars over the mapped files. A loan's Vars may be used inside its ``with`` only: other
     implementations put the next block's weights into the same memory."""
 
+    streams = False
+
     def __init__(self, weights: Weights):
         # The arrays are kept because a Var made by reuse_np_array does not keep its memory alive.
         self._wte = weights.wte()["wte.weight"]
