@@ -4,8 +4,8 @@
 //
 // Few tokens: the bytes of w are read once and are all that counts; the goal is the speed of memory. Each thread walks
 // rows, several at a time so that several streams are in flight, and keeps the sums in registers.
-// Many tokens: the arithmetic is the limit. A tile of w is unpacked to floats once, into the L2 cache, and used for all
-// tokens; the sums of 4 rows x 6 tokens stay in registers (AVX-512; fewer where there are 16 registers).
+// Many tokens: the arithmetic is the limit. A tile of w is unpacked once, into the L2 cache, to what lanes.h multiplies, and
+// used for all tokens; the sums of 4 rows x 6 tokens stay in registers (AVX-512; fewer where there are 16 registers).
 #pragma once
 #include "weights_f16.h"
 #include "weights_grouped.h"
@@ -36,60 +36,78 @@ void linear_few(const W& w, typename W::Few x, float* y, int64_t N, Finish finis
     }
 }
 
-// y[t, r] += sums of R rows of a tile of w (row stride w_stride) times T tokens; K a whole number of vectors.
-template <int R, int T>
-inline void tile_f32(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t K, float* y, int64_t N) {
+// y[t, r] += sums of R rows of a tile of w (row stride w_stride) times T tokens; K a whole number of steps.
+template <class L, int R, int T>
+inline void tile(const typename L::E* w, int64_t w_stride, const typename L::E* x, int64_t x_stride, int64_t K, float* y, int64_t N) {
     vec acc[R][T];
+    MOSS_UNROLL
     for (int r = 0; r < R; r++)
+        MOSS_UNROLL
         for (int t = 0; t < T; t++) acc[r][t] = zero();
-    for (int64_t k = 0; k < K; k += VEC) {
-        vec ws[R];
-        for (int r = 0; r < R; r++) ws[r] = load(w + r * w_stride + k);
+    for (int64_t k = 0; k < K; k += L::STEP) {
+        typename L::V ws[R];
+        MOSS_UNROLL
+        for (int r = 0; r < R; r++) ws[r] = L::get(w + r * w_stride + k);
+        MOSS_UNROLL
         for (int t = 0; t < T; t++) {
-            vec xs = load(x + t * x_stride + k);
-            for (int r = 0; r < R; r++) acc[r][t] = fma(ws[r], xs, acc[r][t]);
+            typename L::V xs = L::keep(L::get(x + t * x_stride + k));
+            MOSS_UNROLL
+            for (int r = 0; r < R; r++) acc[r][t] = L::dot(ws[r], xs, acc[r][t]);
         }
     }
+    MOSS_UNROLL
     for (int t = 0; t < T; t++)
+        MOSS_UNROLL
         for (int r = 0; r < R; r++) y[t * N + r] += sum(acc[r][t]);
 }
 
-// All tokens times a tile of `rows` rows and K inputs, from input k0 on: y += x w^T.
-inline void tile_all(const float* tile, int64_t rows, int64_t K, const Inputs& x, int64_t k0, float* y, int64_t N) {
-#if defined(MOSS_AVX512)
-    const int R = 4, TOKENS = 6;
-#else
-    const int R = 2, TOKENS = 4;
-#endif
-    for (int64_t t = 0, step; t < x.T; t += step) {
-        step = t + TOKENS <= x.T ? TOKENS : 1;
-        const float* xs = x.row(t) + k0;
-        float* ys = y + t * N;
+// T tokens (row stride x_stride) times a tile of `rows` rows of K inputs: y += x w^T.
+template <class L>
+inline void tile_all(const typename L::E* w, int64_t rows, int64_t K, const typename L::E* x, int64_t x_stride, int64_t T,
+                     float* y, int64_t N) {
+    const int R = VEC == 16 ? 4 : 2, TOKENS = 6;  // what the registers hold
+    for (int64_t t = 0, step; t < T; t += step) {
+        step = t + TOKENS <= T ? TOKENS : 1;
+        const typename L::E* xs = x + t * x_stride;
         for (int64_t r = 0, height; r < rows; r += height) {
             height = r + R <= rows ? R : 1;
-            if (height == R && step == TOKENS) tile_f32<R, TOKENS>(tile + r * K, K, xs, x.stride, K, ys + r, N);
-            else if (height == R) tile_f32<R, 1>(tile + r * K, K, xs, x.stride, K, ys + r, N);
-            else if (step == TOKENS) tile_f32<1, TOKENS>(tile + r * K, K, xs, x.stride, K, ys + r, N);
-            else tile_f32<1, 1>(tile + r * K, K, xs, x.stride, K, ys + r, N);
+            float* ys = y + t * N + r;
+            if (height == R && step == TOKENS) tile<L, R, TOKENS>(w + r * K, K, xs, x_stride, K, ys, N);
+            else if (height == R) tile<L, R, 1>(w + r * K, K, xs, x_stride, K, ys, N);
+            else if (step == TOKENS) tile<L, 1, TOKENS>(w + r * K, K, xs, x_stride, K, ys, N);
+            else tile<L, 1, 1>(w + r * K, K, xs, x_stride, K, ys, N);
         }
     }
 }
 
-template <class W, class Finish>
+template <class L, class W, class Finish>
 void linear_many(const W& w, const Inputs& x, float* y, int64_t N, Finish finish) {
-    const int64_t ROWS = 32, DEPTH = 1024;  // a tile of w: 128 KiB in floats, half of a small L2 cache
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t n0 = 0; n0 < N; n0 += ROWS) {
-        static thread_local Scratch<float> memory;
-        float* tile = memory.get(ROWS * DEPTH);
-        int64_t rows = std::min(ROWS, N - n0);
-        for (int64_t t = 0; t < x.T; t++) std::fill_n(y + t * N + n0, rows, 0.f);
-        for (int64_t k0 = 0; k0 < x.stride; k0 += DEPTH) {
-            int64_t depth = std::min(DEPTH, x.stride - k0);
-            for (int64_t r = 0; r < rows; r++) w.unpack(n0 + r, k0, depth, tile + r * depth);
-            tile_all(tile, rows, depth, x, k0, y + n0, N);
+    typedef typename L::E E;
+    const int64_t ROWS = 32, DEPTH = 4096 / sizeof(E);  // a tile of w: 128 KiB, to stay in a small L2 cache
+    static thread_local Scratch<E> inputs;
+    E* xs = inputs.get(x.T * x.stride);
+#pragma omp parallel
+    {
+        static thread_local Scratch<E> memory;
+        static thread_local Scratch<float> floats;
+        E* tile = memory.get(ROWS * DEPTH);
+        float* row = floats.get(DEPTH);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < x.T; t++) L::from_float(x.row(t), xs + t * x.stride, x.stride);
+#pragma omp for schedule(dynamic)
+        for (int64_t n0 = 0; n0 < N; n0 += ROWS) {
+            int64_t rows = std::min(ROWS, N - n0);
+            for (int64_t t = 0; t < x.T; t++) std::fill_n(y + t * N + n0, rows, 0.f);
+            for (int64_t k0 = 0; k0 < x.stride; k0 += DEPTH) {
+                int64_t depth = std::min(DEPTH, x.stride - k0);
+                for (int64_t r = 0; r < rows; r++) {
+                    w.unpack(n0 + r, k0, depth, row);
+                    L::from_float(row, tile + r * depth, depth);
+                }
+                tile_all<L>(tile, rows, depth, xs + k0, x.stride, x.T, y + n0, N);
+            }
+            for (int64_t t = 0; t < x.T; t++) finish(y + t * N + n0, t, n0, rows);
         }
-        for (int64_t t = 0; t < x.T; t++) finish(y + t * N + n0, t, n0, rows);
     }
 }
 
@@ -104,7 +122,7 @@ void linear(const W& w, const Inputs& x, float* y, int64_t N, Finish finish) {
         case 6: return linear_few<6>(w, w.prepare(x), y, N, finish);
         case 7: return linear_few<7>(w, w.prepare(x), y, N, finish);
         case 8: return linear_few<8>(w, w.prepare(x), y, N, finish);
-        default: return linear_many(w, x, y, N, finish);
+        default: return linear_many<typename W::Many>(w, x, y, N, finish);
     }
 }
 

@@ -1,6 +1,7 @@
 // Weights as halves: N rows of K, contiguous. 2 K bytes a row.
 #pragma once
 #include "inputs.h"
+#include "lanes.h"
 
 namespace moss {
 
@@ -10,6 +11,7 @@ struct WeightsF16 {
 
     int64_t row_bytes() const { return 2 * K; }
 
+    typedef Float32 Many;
     // What few() wants of the inputs: the floats as they are.
     typedef const Inputs& Few;
     Few prepare(const Inputs& x) const { return x; }
@@ -19,23 +21,32 @@ struct WeightsF16 {
     void few(Few x, int64_t n, float sums[R][T]) const {
         const f16* rows = w + n * K;
         vec acc[R][T];
+        MOSS_UNROLL
         for (int r = 0; r < R; r++)
+            MOSS_UNROLL
             for (int t = 0; t < T; t++) acc[r][t] = zero();
         int64_t k = 0;
         for (; k + VEC <= K; k += VEC) {
             vec xs[T];
+            MOSS_UNROLL
             for (int t = 0; t < T; t++) xs[t] = load(x.row(t) + k);
+            MOSS_UNROLL
             for (int r = 0; r < R; r++) {
                 vec ws = load_f16(rows + r * K + k);
+                MOSS_UNROLL
                 for (int t = 0; t < T; t++) acc[r][t] = fma(ws, xs[t], acc[r][t]);
             }
         }
         if (k < K)
+            MOSS_UNROLL
             for (int r = 0; r < R; r++) {
                 vec ws = load_f16_n(rows + r * K + k, (int)(K - k));
+                MOSS_UNROLL
                 for (int t = 0; t < T; t++) acc[r][t] = fma(ws, load(x.row(t) + k), acc[r][t]);
             }
+        MOSS_UNROLL
         for (int r = 0; r < R; r++)
+            MOSS_UNROLL
             for (int t = 0; t < T; t++) sums[r][t] = sum(acc[r][t]);
     }
 

@@ -10,6 +10,7 @@
 // that of the weights. Without VNNI the arithmetic is in floats.
 #pragma once
 #include "inputs.h"
+#include "lanes.h"
 #if defined(MOSS_AVX512) && defined(__AVX512VNNI__)
 #define MOSS_VNNI 1
 #endif
@@ -68,6 +69,7 @@ struct WeightsGrouped {
     int64_t groups() const { return (K + GROUP - 1) / GROUP; }
     int64_t row_bytes() const { return groups() * (GROUP * BITS / 8); }
 
+    typedef FewBits Many;
     typedef const GroupedInputs& Few;
     Few prepare(const Inputs& x) const {
         static thread_local GroupedInputs in;
@@ -96,10 +98,14 @@ struct WeightsGrouped {
     template <int R, int T>
     void few(Few x, int64_t n, float sums[R][T]) const {
         vec acc[R][T];
+        MOSS_UNROLL
         for (int r = 0; r < R; r++)
+            MOSS_UNROLL
             for (int t = 0; t < T; t++) acc[r][t] = moss::zero();
         scaled_sums<R, T>(x, n, acc);
+        MOSS_UNROLL
         for (int r = 0; r < R; r++)
+            MOSS_UNROLL
             for (int t = 0; t < T; t++)
                 sums[r][t] = sum(acc[r][t]) - zeros_part(scale + (n + r) * x.G, zero_ + (n + r) * x.G, x.sums + t * x.G, x.G);
     }
@@ -110,6 +116,7 @@ struct WeightsGrouped {
         for (int64_t g = k / GROUP; g < (k + depth) / GROUP; g++, to += GROUP) {
             const uint8_t* from = q + n * row_bytes() + g * (GROUP * BITS / 8);
             vec s = all(to_float(scale[n * G + g])), z = all(zero_[n * G + g]);
+            MOSS_UNROLL
             for (int i = 0; i < GROUP; i += VEC) {
                 vec v = BITS == 8 ? load_u8(from + i) : i < 64 ? load_low4(from + i) : load_high4(from + i - 64);
                 store(to + i, mul(sub(v, z), s));
@@ -125,12 +132,15 @@ private:
         for (int64_t g0 = 0; g0 < x.G; g0 += 16) {
             int count = (int)std::min<int64_t>(16, x.G - g0);
             float both[R][T][16];  // the weights' scale times the inputs', for 16 groups
+            MOSS_UNROLL
             for (int r = 0; r < R; r++) {
                 vec s = load_f16_n(scale + (n + r) * x.G + g0, count);
+                MOSS_UNROLL
                 for (int t = 0; t < T; t++) store(both[r][t], mul(s, load_n(x.scale + t * x.G + g0, count)));
             }
             for (int i = 0; i < count; i++) {
                 __m512i a[R], b[R];  // inputs 0 … 63 and 64 … 127
+                MOSS_UNROLL
                 for (int r = 0; r < R; r++) {
                     const uint8_t* from = q + (n + r) * row_bytes() + (g0 + i) * (GROUP * BITS / 8);
                     a[r] = _mm512_loadu_si512(from);
@@ -140,11 +150,13 @@ private:
                         a[r] = _mm512_and_si512(a[r], _mm512_set1_epi8(15));
                     }
                 }
+                MOSS_UNROLL
                 for (int t = 0; t < T; t++) {
                     const int8_t* high = x.high + t * x.x->stride + (g0 + i) * GROUP;
                     const int8_t* low = x.low + t * x.x->stride + (g0 + i) * GROUP;
                     __m512i high_a = _mm512_load_si512(high), high_b = _mm512_load_si512(high + 64);
                     __m512i low_a = _mm512_load_si512(low), low_b = _mm512_load_si512(low + 64);
+                    MOSS_UNROLL
                     for (int r = 0; r < R; r++) {
                         __m512i s = _mm512_dpbusd_epi32(_mm512_setzero_si512(), a[r], high_a);
                         s = _mm512_slli_epi32(_mm512_dpbusd_epi32(s, b[r], high_b), 8);
@@ -159,15 +171,19 @@ private:
     template <int R, int T>
     void scaled_sums(Few x, int64_t n, vec acc[R][T]) const {
         for (int64_t g = 0; g < x.G; g++)
+            MOSS_UNROLL
             for (int r = 0; r < R; r++) {
                 const uint8_t* from = q + (n + r) * row_bytes() + g * (GROUP * BITS / 8);
                 vec s = all(to_float(scale[(n + r) * x.G + g]));
                 vec group[T];
+                MOSS_UNROLL
                 for (int t = 0; t < T; t++) group[t] = moss::zero();
                 for (int i = 0; i < GROUP; i += VEC) {
                     vec v = BITS == 8 ? load_u8(from + i) : i < 64 ? load_low4(from + i) : load_high4(from + i - 64);
+                    MOSS_UNROLL
                     for (int t = 0; t < T; t++) group[t] = fma(v, load(x.x->row(t) + g * GROUP + i), group[t]);
                 }
+                MOSS_UNROLL
                 for (int t = 0; t < T; t++) acc[r][t] = fma(group[t], s, acc[r][t]);
             }
     }

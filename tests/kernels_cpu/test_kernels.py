@@ -16,7 +16,7 @@ def kernels(request, tmp_path_factory):
     if not supported(request.param):
         pytest.skip(f"this CPU has no {request.param}")
     built = build(request.param, tmp_path_factory.mktemp("kernels"))
-    assert (built.lanes == 16) == (request.param == "avx512")
+    assert (built.lanes == 16) == request.param.startswith("avx512")
     return built
 
 
@@ -122,8 +122,12 @@ def random_weights(rng, bits, N, K):
 
 
 BITS = pytest.mark.parametrize("bits", [16, 8, 4])
-# 16-bit inputs, with a scale for each group of 128, where the CPU multiplies bytes (see weights_grouped.h).
-TOLERANCE = {16: 1e-6, 8: 1e-4, 4: 1e-4}
+
+
+def tolerance(bits: int, tokens: int) -> float:
+    """Of int8 and int4, few tokens may be multiplied as 16-bit numbers, with a scale for each group of 128 (see
+    weights_grouped.h), and many as bfloat16 (see lanes.h)."""
+    return 2e-6 if bits == 16 else 1e-4 if tokens <= 8 else 3e-3
 
 
 @BITS
@@ -133,7 +137,7 @@ def test_linear_head(kernels, rng, bits, T, N, K):
     weights, exact = random_weights(rng, bits, N, K)
     y = poisoned(T + 1, N)
     kernels.linear_head(x, *weights, b, y, T, N, K)
-    close(y[:T], *product(x, exact, b), TOLERANCE[bits])
+    close(y[:T], *product(x, exact, b), tolerance(bits, T))
     assert np.isnan(y[T]).all()
 
 
@@ -148,7 +152,7 @@ def test_linear_in(kernels, rng, bits, T, N, K, part):
     kernels.linear_in(x, *weights, b, y, T, N, K, I)
     exact, size = product(x, exact, np.concatenate([np.zeros(N - I), b[:I]]))
     exact[:, N - I :] = reference.gelu_new(exact[:, N - I :])
-    close(y[:T], exact, size, TOLERANCE[bits])
+    close(y[:T], exact, size, tolerance(bits, T))
     assert np.isnan(y[T]).all()
 
 
@@ -161,7 +165,7 @@ def test_linear_out(kernels, rng, bits, T, N, K):
     weights, exact = random_weights(rng, bits, N, K)
     b, y = rng.standard_normal(N).astype(np.float32), poisoned(T + 1, N)
     kernels.linear_out(a, m, *weights, b, r, y, T, N, K, A, M)
-    close(y[:T], *product(np.concatenate([a, m[:, 5:]], 1), exact, b + r.astype(np.float64)), TOLERANCE[bits])
+    close(y[:T], *product(np.concatenate([a, m[:, 5:]], 1), exact, b + r.astype(np.float64)), tolerance(bits, T))
     assert np.isnan(y[T]).all()
 
 
