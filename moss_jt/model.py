@@ -16,25 +16,21 @@ from .errors import MossError
 from .ops import Weight
 from .ops.attention import rotary_angles
 from .runtime import jittor
-from .swap import Resident
+from .swap import CHUNK, Plan, lender
 from .weights import Weights
 from .weights.layout import BITS
-
-# Tokens of a prompt that pass through all blocks together. More would read the weights less often, but the products
-# of this many are already bound by arithmetic, and their activations take 0.2 MB a token.
-CHUNK = 512
 
 
 class Model:
     """A MOSS, and the sequence it evaluated last. Not for use by several threads at once."""
 
-    def __init__(self, weights: Weights, context: int):
-        """``context``: tokens to keep a cache for."""
+    def __init__(self, weights: Weights, context: int, plan: Plan | None = None):
+        """``context``: tokens to keep a cache for. ``plan``: which weights are in memory; without one, all are mapped."""
         self.config, self.context = weights.config, context
         self._jt = jittor()
         self._bits, self._head_bits = BITS[weights.dtype], BITS[weights.head_dtype]
         ops.prepare(self._bits, self._head_bits)
-        self._weights = Resident(weights)
+        self._weights = lender(weights, plan)
         self._angles = self._jt.array(rotary_angles(context, self.config.rotary_dim))
         self.sequence = Cache(self.config, context).sequences[0]
 
@@ -65,6 +61,7 @@ class Model:
         tails = [np.empty((0, self.config.n_embd), np.float32) for _ in wanted]
         with self._jt.flag_scope(lazy_execution=0, no_grad=1):
             while parts := _next_sweep(wanted):
+                self._weights.expect(head=_left(wanted) <= CHUNK)
                 states = self._sweep([(sequence, ids) for _, sequence, ids in parts])
                 for (i, sequence, ids), state in zip(parts, states):
                     tails[i] = np.concatenate([tails[i], state])[-wanted[i][2] :]
@@ -96,9 +93,17 @@ class Model:
         return _split(x.numpy(), counts)
 
     def _head(self, states: np.ndarray) -> np.ndarray:
-        with self._weights.head() as w:
-            h = ops.layer_norm(self._jt.array(states), w["ln_f.weight"], w["ln_f.bias"], self.config.layer_norm_epsilon)
-            return ops.linear_head(h, Weight.of(w, "lm_head.weight", self._head_bits), w["lm_head.bias"]).numpy()
+        norm, bits = self._weights.final_norm, self._head_bits
+        h = ops.layer_norm(self._jt.array(states), norm["ln_f.weight"], norm["ln_f.bias"], self.config.layer_norm_epsilon)
+        some = [
+            ops.linear_head(h, Weight.of(w, "lm_head.weight", bits), w["lm_head.bias"]).numpy() for w in self._weights.head()
+        ]
+        return some[0] if len(some) == 1 else np.concatenate(some, axis=1)
+
+
+def _left(wanted: list[tuple[Sequence, np.ndarray, int]]) -> int:
+    """Tokens that have not been evaluated yet."""
+    return sum(len(ids) - sequence.length for sequence, ids, _ in wanted)
 
 
 def _next_sweep(wanted: list[tuple[Sequence, np.ndarray, int]]) -> list[tuple[int, Sequence, np.ndarray]]:

@@ -7,39 +7,42 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from ..runtime import jittor
 from ..weights import Weights
+from ..weights.layout import WTE_FILE
+from .host import Rows, as_vars
 
 
 class Resident:
-    """Lends weights as Jittor Vars over the mapped files. A loan's Vars may be used inside its ``with`` only: other
+    """Lends weights as Jittor Vars over the mapped files. What is lent may be used until the loan ends and no longer: other
     implementations put the next block's weights into the same memory."""
 
     streams = False
 
     def __init__(self, weights: Weights):
-        # The arrays are kept because a Var made by reuse_np_array does not keep its memory alive.
-        self._wte = weights.wte()["wte.weight"]
+        self._rows = Rows(weights.regions[WTE_FILE])
+        # The arrays are kept because Vars do not keep their memory alive.
         self._blocks = [weights.block(i) for i in range(weights.config.n_layer)]
         self._head = weights.head()
-        self._block_vars = [_vars(arrays) for arrays in self._blocks]
-        self._head_vars = _vars(self._head)
+        self._block_vars = [as_vars(arrays) for arrays in self._blocks]
+        self._head_vars = as_vars(self._head)
+
+    def expect(self, head: bool) -> None:
+        """A sweep begins: all blocks are lent next, each once and in order, and then, if ``head``, lm_head."""
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Rows of wte, float32 (T, D)."""
-        return self._wte[ids].astype(np.float32)
+        return self._rows.read(ids)
 
     @contextmanager
     def block(self, i: int) -> Iterator[dict]:
         """Block i's weights, name -> Var."""
         yield self._block_vars[i]
 
-    @contextmanager
+    @property
+    def final_norm(self) -> dict:
+        """The weights of ln_f, name -> Var."""
+        return self._head_vars
+
     def head(self) -> Iterator[dict]:
-        """The weights of ln_f and lm_head, name -> Var."""
+        """lm_head's weights, name -> Var: some of its rows at a time, in order. Each loan ends where the next one begins."""
         yield self._head_vars
-
-
-def _vars(arrays: dict[str, np.ndarray]) -> dict:
-    wrap = jittor().core.reuse_np_array
-    return {name: wrap(np.asarray(array)) for name, array in arrays.items()}  # it takes no np.memmap

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +27,16 @@ class Region:
 
     def map(self) -> dict[str, np.ndarray]:
         """Map the region read-only; name -> array. Pages are read when they are first touched."""
-        raw = np.memmap(self.path, np.uint8, "r", self.start, (self.nbytes,))
-        arrays, at = {}, 0
-        for t in self.tensors:
-            arrays[t.name] = raw[at : at + t.nbytes].view(_NUMPY[t.dtype]).reshape(t.shape)
-            at += t.nbytes
-        return arrays
+        return arrays(np.memmap(self.path, np.uint8, "r", self.start, (self.nbytes,)), self.tensors)
+
+
+def arrays(raw: np.ndarray, tensors: Iterable[Tensor]) -> dict[str, np.ndarray]:
+    """Tensors that lie one after the other in ``raw`` (uint8), which may be longer; name -> array in the same memory."""
+    found, at = {}, 0
+    for t in tensors:
+        found[t.name] = raw[at : at + t.nbytes].view(_NUMPY[t.dtype]).reshape(t.shape)
+        at += t.nbytes
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,231 @@
+"""The plan: what lives in memory and what is read from disk for every sweep, so that a budget is kept. Pure arithmetic.
+
+A budget bounds the peak of what the operating system counts as this process's memory: the program itself, its work space,
+the cache, the weights that are resident, and the slots that streamed ones take turns in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..config import Config
+from ..errors import MossError
+from ..weights.layout import BITS, block_tensors, head_tensors
+from . import parts
+
+MIB = 1 << 20
+RESIDENT, STREAMED = "resident", "streamed"
+# Tokens of a prompt that pass through all blocks together. More would read the weights less often, but the products of
+# this many are already bound by arithmetic, and work space grows with it.
+CHUNK = 512
+SLOTS = 2  # one is computed with while the other is filled; a disk that is never idle gains nothing from more
+# Rows of lm_head that stay together: a whole number of the kernels' tiles, so that parts give the same bits as the whole.
+ROWS = 256
+_HEAD_PART = 64 * MIB  # of lm_head, where it alone is streamed: large enough for a disk's full speed
+
+# Python, numpy, Jittor and its compiled ops were measured to take 75 MiB before the first token; more on other systems.
+_PROGRAM = 128 * MIB
+_LOGITS = 8  # positions whose logits are wanted together, as for drafts; more are the caller's memory
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What this machine was measured to do: bytes a second read from memory and from disk, fp32 operations a second."""
+
+    memory: float
+    disk: float
+    arithmetic: float
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the plan can give at these speeds, and which of them is the limit: ``disk``, ``memory`` or ``arithmetic``."""
+
+    tokens_s: float
+    limit: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything lives. Sizes are bytes."""
+
+    config: Config
+    dtype: str
+    head_dtype: str
+    context: int
+    budget: int
+    blocks: tuple[str, ...]  # where each one is: RESIDENT or STREAMED
+    head_rows: int  # of lm_head's, from the first on, that are resident
+    part_rows: int  # of the others, how many are read together
+    slot: int  # the size of each of the SLOTS; 0 where nothing is streamed
+
+    @property
+    def streams(self) -> bool:
+        return self.slot > 0
+
+    @property
+    def streamed_blocks(self) -> list[int]:
+        return [i for i, where in enumerate(self.blocks) if where == STREAMED]
+
+    def head_ranges(self) -> list[tuple[int, int]]:
+        """Rows (first, end) of lm_head in each streamed part."""
+        starts = range(self.head_rows, self.config.vocab_size, max(1, self.part_rows))
+        return [(a, min(a + self.part_rows, self.config.vocab_size)) for a in starts]
+
+    @cached_property
+    def memory(self) -> dict[str, int]:
+        """What takes how much of the budget, at most."""
+        s = _Sizes(self.config, self.dtype, self.head_dtype, self.context)
+        return {
+            "program": _PROGRAM,
+            "work space": s.work,
+            "KV cache": s.cache,
+            "blocks": self.blocks.count(RESIDENT) * s.block,
+            "lm_head": s.head_rows(self.head_rows) + s.head_rest,
+            "slots": SLOTS * self.slot,
+        }
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+    @cached_property
+    def disk_bytes(self) -> int:
+        """Read from disk for a sweep with logits."""
+        tensors = head_tensors(self.config, self.head_dtype)
+        streamed = [parts.rows(tensors, "lm_head.weight", a, b) for a, b in self.head_ranges()]
+        head = sum(span.nbytes for part in streamed for span in part.spans)
+        return len(self.streamed_blocks) * _bytes(block_tensors(self.config, self.dtype)) + head
+
+    @cached_property
+    def memory_bytes(self) -> int:
+        """Read from memory for a token's sweep, with a cache that is half full: all weights, wherever they live."""
+        blocks = self.config.n_layer * _bytes(block_tensors(self.config, self.dtype))
+        cache = self.config.cache_bytes_per_token * self.context // 2
+        return blocks + _bytes(head_tensors(self.config, self.head_dtype)) + cache
+
+    def decode(self, speeds: Speeds) -> Expected:
+        """One token a sweep. Reading ahead overlaps with computing; what comes from disk is written to memory, too."""
+        return _expected(1, disk=self.disk_bytes / speeds.disk, memory=(self.memory_bytes + self.disk_bytes) / speeds.memory)
+
+    def prefill(self, speeds: Speeds) -> Expected:
+        """A prompt of one chunk."""
+        tokens = min(CHUNK, self.context)
+        c = self.config
+        weights = c.n_layer * ((3 * c.n_embd + c.n_inner) * c.n_embd + c.n_embd * (c.n_embd + c.n_inner))
+        seconds = {"disk": self.disk_bytes / speeds.disk, "memory": (self.memory_bytes + self.disk_bytes) / speeds.memory}
+        return _expected(tokens, arithmetic=2 * weights * tokens / speeds.arithmetic, **seconds)
+
+
+def make_plan(config: Config, dtype: str, head_dtype: str, context: int, budget: int) -> Plan:
+    """The plan that reads least from disk with a peak of at most ``budget`` bytes.
+
+    dtype, head_dtype: of the blocks and of lm_head, fp16, int8 or int4. context: tokens to keep a cache for.
+    Raises MossError where the budget is too small, with the smallest that works and what would make that smaller.
+    """
+    sizes = _Sizes(config, dtype, head_dtype, context)
+    fitting = [placed for placed in _placements(sizes, budget - sizes.fixed) if placed.fits]
+    if not fitting:
+        raise MossError(_too_small(config, dtype, head_dtype, context, budget))
+    best = min(fitting, key=lambda placed: placed.streamed)
+    blocks = _interleaved(best.blocks, config.n_layer)
+    return Plan(config, dtype, head_dtype, context, budget, blocks, best.head_rows, best.part_rows, best.slot)
+
+
+def smallest(config: Config, dtype: str, head_dtype: str, context: int) -> int:
+    """The smallest budget that works."""
+    sizes = _Sizes(config, dtype, head_dtype, context)
+    return sizes.fixed + min(-placed.left for placed in _placements(sizes, 0))
+
+
+class _Sizes:
+    """What things take in memory."""
+
+    def __init__(self, config: Config, dtype: str, head_dtype: str, context: int):
+        d, inner, v = config.n_embd, config.n_inner, config.vocab_size
+        self.n_layer, self.vocab = config.n_layer, v
+        self.block = parts.whole(block_tensors(config, dtype)).room
+        self._head = head_tensors(config, head_dtype)
+        self.head = self.head_rows(v)
+        self.head_rest = _bytes(t for t in self._head if not parts.belongs(t, "lm_head.weight"))
+        self.cache = config.cache_bytes_per_token * context
+        # The first product's result, the second's inputs, and some states, in fp32, for every token of a chunk; twice, because
+        # Jittor keeps what chunks of other lengths had. Measured: 20 to 29 states' worth; this is 32 where the MLP is 4 wide.
+        activations = min(CHUNK, context) * 4 * (2 * (3 * d + inner) + 2 * (d + inner) + 8 * d)
+        self.work = activations + 2 * _LOGITS * v * 4 + context * config.rotary_dim * 4 + 16 * MIB
+        self.fixed = _PROGRAM + self.work + self.cache + self.head_rest
+
+    def head_rows(self, count: int) -> int:
+        """Memory for this many rows of lm_head."""
+        return parts.room_for_rows(self._head, "lm_head.weight", count) if count else 0
+
+    def rows_in(self, room: int) -> int:
+        """Rows of lm_head that fit."""
+        return self.vocab if self.head <= room else parts.rows_that_fit(self._head, "lm_head.weight", room, ROWS)
+
+
+@dataclass(frozen=True)
+class _Placement:
+    blocks: int  # resident ones
+    head_rows: int  # resident ones
+    part_rows: int
+    slot: int
+    left: int  # bytes of the room that are not used; below zero: so many are wanting
+    streamed: int  # bytes from disk, about
+
+    @property
+    def fits(self) -> bool:
+        return self.left >= 0
+
+
+def _placements(s: _Sizes, room: int) -> Iterator[_Placement]:
+    """The kinds of placement there are, each with as much resident as fits."""
+    yield _Placement(s.n_layer, s.vocab, 0, 0, room - s.n_layer * s.block - s.head, 0)
+    few = max(ROWS, min(s.rows_in(_HEAD_PART), s.vocab // 8 // ROWS * ROWS))
+    yield _placement(s, room, s.n_layer, few, s.head_rows(few))
+    slot = max(s.block, s.head_rows(ROWS))
+    blocks = max(0, min(s.n_layer - 1, (room - SLOTS * slot) // s.block))
+    yield _placement(s, room, blocks, s.rows_in(slot), slot)
+
+
+def _placement(s: _Sizes, room: int, blocks: int, part_rows: int, slot: int) -> _Placement:
+    """With this many blocks resident, and as many rows of lm_head as still fit."""
+    left = room - SLOTS * slot - blocks * s.block
+    rows = s.rows_in(max(0, left))
+    streamed = (s.n_layer - blocks) * s.block + s.head - s.head_rows(rows)
+    return _Placement(blocks, rows, part_rows, slot, left - s.head_rows(rows), streamed)
+
+
+def _interleaved(resident: int, blocks: int) -> tuple[str, ...]:
+    """Spread evenly, so that while a resident block is computed, the disk goes on filling slots."""
+    return tuple(RESIDENT if (i + 1) * resident // blocks > i * resident // blocks else STREAMED for i in range(blocks))
+
+
+def _too_small(config: Config, dtype: str, head_dtype: str, context: int, budget: int) -> str:
+    def needs(dtype: str, head_dtype: str, context: int) -> str:
+        return in_mib(smallest(config, dtype, head_dtype, context))
+
+    smaller = [f"a context of {short} {needs(dtype, head_dtype, short)}" for short in (context // 4,) if short >= 64]
+    lighter = [other for other in ("int8", "int4") if BITS[other] < BITS[dtype]]
+    smaller += [f"{other} weights {needs(other, 'int8', context)}" for other in lighter]
+    also = f" ({', '.join(smaller)})" if smaller else ""
+    return (
+        f"a budget of {in_mib(budget)} is too small: {needs(dtype, head_dtype, context)} is the smallest "
+        f"that works with a context of {context} tokens{also}"
+    )
+
+
+def in_mib(count: int) -> str:
+    """Rounded up, as it can be given for a budget."""
+    return f"{-(-count // MIB)}MiB"
+
+
+def _bytes(tensors) -> int:
+    return sum(t.nbytes for t in tensors)
+
+
+def _expected(tokens: int, **seconds: float) -> Expected:
+    limit = max(seconds, key=seconds.__getitem__)
+    return Expected(tokens / seconds[limit], limit)

@@ -1,0 +1,132 @@
+"""Weights under a budget: some in memory, the others read from disk for every sweep, ahead of their use."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..weights import Weights
+from ..weights.layout import HEAD_FILE, WTE_FILE, block_file
+from ..weights.store import Region, arrays
+from . import parts
+from .host import Rows, as_vars
+from .parts import Part
+from .plan import SLOTS, Plan
+from .reader import File, Worker, allocate
+from .ring import Ring
+
+
+class Streamed:
+    """Lends weights as Resident does; the plan says what stays in memory.
+
+    Parts are known by their block's number, or by their rows (first, end) of lm_head. An error of the disk is a MossError
+    where its part was to be lent; the next sweep tries again.
+    """
+
+    streams = True
+
+    def __init__(self, weights: Weights, plan: Plan):
+        """Reads what is resident. Raises MossError where a file cannot be read."""
+        self._blocks, self._ranges = plan.streamed_blocks, plan.head_ranges()
+        self._head = [(0, plan.head_rows)] * (plan.head_rows > 0) + self._ranges
+        self._rows = Rows(weights.regions[WTE_FILE])
+        self._small = {name: np.array(a) for name, a in weights.head().items() if not name.startswith("lm_head.weight")}
+        self.final_norm = as_vars({name: a for name, a in self._small.items() if name.startswith("ln_f.")})
+        self._biases = {(a, b): as_vars({"lm_head.bias": self._small["lm_head.bias"][a:b]}) for a, b in self._head}
+
+        sources = _sources(weights, self._head)
+        streamed = {item: sources.pop(item) for item in (*self._blocks, *self._ranges)}
+        self._resident = {item: _Memory(source.part.room, {item: source.part}) for item, source in sources.items()}
+        for item, source in sources.items():
+            source.fetch(self._resident[item].bytes)
+        slots = [_Memory(plan.slot, {item: source.part for item, source in streamed.items()}) for _ in range(SLOTS)]
+        worker = Worker("moss-jt reads weights")
+        self.close = weakref.finalize(self, worker.close)  # when called, or when this is no longer used, or at the end
+        self._ring = Ring(slots, _Disk(worker, streamed))
+        self.expect(head=True)
+
+    def expect(self, head: bool) -> None:
+        """As Resident's. What comes at the beginning of the next sweep is read during the end of this one."""
+        if items := [*self._blocks, *(self._ranges if head else ())]:
+            self._ring.follow(items)
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        return self._rows.read(ids)
+
+    def block(self, i: int):
+        return self._lend(i)
+
+    def head(self) -> Iterator[dict]:
+        for rows in self._head:
+            with self._lend(rows) as tensors:
+                yield {**tensors, **self._biases[rows]}
+
+    @contextmanager
+    def _lend(self, item: Hashable) -> Iterator[dict]:
+        if item in self._resident:
+            yield self._resident[item].vars[item]
+        else:
+            with self._ring.lend(item) as slot:
+                yield slot.vars[item]
+
+
+class _Memory:
+    """Memory of ``nbytes`` for any one of some parts, and each one's Vars over it, for when it is there."""
+
+    def __init__(self, nbytes: int, parts: dict[Hashable, Part]):
+        self.bytes = allocate(nbytes)
+        self.vars = {item: as_vars(self._arrays(part)) for item, part in parts.items()}
+
+    def _arrays(self, part: Part) -> dict[str, np.ndarray]:
+        found, at = {}, 0
+        for span in part.spans:
+            found.update(arrays(self.bytes[at + span.shift :], span.tensors))
+            at += span.room
+        return found
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a part is read from: a file, and where in it the data starts."""
+
+    file: File
+    start: int
+    part: Part
+
+    def fetch(self, memory: np.ndarray) -> None:
+        at = 0
+        for span in self.part.spans:
+            self.file.read(self.start + span.offset, memory[at : at + span.room], span.nbytes)
+            at += span.room
+
+
+def _sources(weights: Weights, head_ranges: list[tuple[int, int]]) -> dict[Hashable, _Source]:
+    """Every part: the blocks, and lm_head in these ranges of rows."""
+
+    def source(region: Region, *those: Part) -> list[_Source]:
+        file = File(region.path)
+        return [_Source(file, region.start, part) for part in those]
+
+    regions = [weights.regions[block_file(i)] for i in range(weights.config.n_layer)]
+    found: dict[Hashable, _Source] = {i: source(r, parts.whole(r.tensors))[0] for i, r in enumerate(regions)}
+    head = weights.regions[HEAD_FILE]
+    cut = [parts.rows(head.tensors, "lm_head.weight", *rows) for rows in head_ranges]
+    return {**found, **dict(zip(head_ranges, source(head, *cut)))}
+
+
+class _Disk:
+    """The ring's carrier: reads parts in a thread of its own."""
+
+    def __init__(self, worker: Worker, sources: dict[Hashable, _Source]):
+        self._worker, self._sources = worker, sources
+
+    def start(self, slot: _Memory, item: Hashable) -> Future:
+        return self._worker.start(self._sources[item].fetch, slot.bytes)
+
+    def release(self, slot: _Memory) -> None:
+        """Ops have run when a loan ends."""
