@@ -19,16 +19,19 @@ def weights(
     src: str | Path,
     dst: str | Path,
     dtype: str = "fp16",
+    head_dtype: str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Convert the official checkpoint ``src``, a folder or a Hub id (``revision``: its branch, tag or commit), to ``dst``.
 
-    ``dtype``: what the large matrices are stored as; fp16. ``progress(done, total)`` is called with bytes now and then.
-    ``dst`` appears when it is complete; stopped before that, the same call goes on where it was. Does nothing if ``dst`` is
-    already what this source gives. Returns ``dst``. Raises MossError for whatever the user can mend.
+    ``dtype``: what the blocks' matrices are stored as: fp16, int8 or int4. ``head_dtype``: the same for lm_head; by default
+    int8, or fp16 where the blocks are. For int8 and int4 ``src`` may also be one of ours in fp16.
+    ``progress(done, total)`` is called with bytes now and then. ``dst`` appears when it is complete; stopped before that, the
+    same call goes on where it was. Does nothing if ``dst`` is already what this source gives. Returns ``dst``. Raises
+    MossError for whatever the user can mend.
     """
-    job = plan_weights(src, dst, dtype, revision)
+    job = plan_weights(src, dst, dtype, head_dtype, revision)
     if not job.finished:
         job.run(progress)
     return job.dst
@@ -52,13 +55,18 @@ def export(
 
 
 def plan_weights(
-    src: str | Path, dst: str | Path, dtype: str = "fp16", revision: str | None = None, download: bool = True
+    src: str | Path,
+    dst: str | Path,
+    dtype: str = "fp16",
+    head_dtype: str | None = None,
+    revision: str | None = None,
+    download: bool = True,
 ) -> Job:
     """What ``weights`` would write: opens and checks the source, writes nothing. ``download=False`` also fetches nothing."""
     from .hub import locate
     from .to_moss_jt import plan
 
-    return plan(locate(src, revision, download), Path(dst), dtype)
+    return plan(locate(src, revision, download), Path(dst), dtype, head_dtype)
 
 
 def plan_export(src: str | Path, out: str | Path, format: str = "pytorch", shard_size: int = 10_000_000_000) -> Job:

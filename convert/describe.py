@@ -36,14 +36,19 @@ def describe(folder: Path) -> dict:
 
 
 def _converted(folder: Path, config: Config) -> dict:
+    """Of a folder that cannot be opened, only its files: what they should hold is not certain."""
+    dtype, head_dtype, held, wrong = None, None, {}, []
     try:
-        weights, wrong = open_weights(folder), []
+        weights = open_weights(folder)
+        dtype, head_dtype = weights.dtype, weights.head_dtype
+        held = {name: [asdict(t) for t in region.tensors] for name, region in weights.regions.items()}
     except MossError as e:
-        weights, wrong = None, [str(e)]
-    files = [_file(folder / name, [asdict(t) for t in tensors]) for name, tensors in files_of(config).items()]
+        wrong = [str(e)]
+    files = [_file(folder / name, held.get(name)) for name in files_of(config)]
     return {
         "format": FORMAT,
-        "dtype": weights.dtype if weights else None,
+        "dtype": dtype,
+        "head_dtype": head_dtype,
         "bytes": sum(f["bytes"] for f in files),
         "files": files,
         "problems": wrong,

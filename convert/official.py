@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import Config, read_json
+from ..config import Config
 from ..errors import MossError
 from ..weights.header import read_header
 from .mapping import official_shapes
@@ -38,8 +38,6 @@ def open_official(folder: str | Path) -> Official:
     folder = Path(folder)
     if not folder.is_dir():
         raise MossError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
-    if "moss_jt" in read_json(folder):
-        raise MossError(f"{folder}: already converted; it can be used as it is")
     config = Config.read(folder)
     shards, index = find_shards(folder)
     tensors = _gather(folder, {p: _open_shard(p) for p in shards}, index)

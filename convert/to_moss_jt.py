@@ -1,48 +1,59 @@
-"""From an official checkpoint to ours."""
+"""From an official checkpoint, or from ours in fp16, to ours."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Callable
 
 from ..errors import MossError
 from ..tokenizer import write_tokenizer
 from ..tokenizer.files import COPIED as TOKENIZER_FILES
 from ..weights.header import header_bytes
-from ..weights.layout import FORMAT, METADATA, files_of
-from .copy import Advance, write_tensor
+from ..weights.layout import BITS, FORMAT, HEAD_FILE, METADATA, files_of
+from .copy import Advance, write_quantised, write_tensor
 from .job import Job, source_record, whole_file
-from .mapping import our_bands, pieces
-from .official import open_official, problems
+from .source import Source, open_source
 
-DTYPES = ("fp16",)
 # Copied as they are, where they are there; write_tokenizer copies the tokenizer's own.
 _COPIED = ("generation_config.json",)
 
 
-def plan(src: Path, dst: Path, dtype: str) -> Job:
+def plan(src: Path, dst: Path, dtype: str, head_dtype: str | None) -> Job:
     """Open and check the source. Raises MossError for the first thing that is wrong with it, or for the destination."""
-    if dtype not in DTYPES:
-        raise MossError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    head_dtype = head_dtype or ("fp16" if dtype == "fp16" else "int8")
+    for given in (dtype, head_dtype):
+        if given not in BITS:
+            raise MossError(f"dtype {given!r} is unknown; choose one of {', '.join(BITS)}")
     check_apart(src, dst)
-    official = open_official(src)
-    for problem in problems(official):
-        raise MossError(problem)
-    files = files_of(official.config)
-    file_pieces = pieces(official.config)
-
-    def write(file: BinaryIO, name: str, advance: Advance) -> None:
-        header = header_bytes(files[name], METADATA)
-        file.write(header)
-        advance(len(header))
-        for tensor in files[name]:
-            write_tensor(file, tensor, our_bands(file_pieces[name], tensor.name, official.tensors), advance)
-
+    source = open_source(src)
+    if not source.official and {dtype, head_dtype} == {"fp16"}:
+        raise MossError(f"{src}: already converted; it can be used as it is")
+    key = {"format": FORMAT, "dtype": dtype, **({} if head_dtype == dtype else {"head_dtype": head_dtype})}
+    files = files_of(source.config, dtype, head_dtype)
     sizes = {name: len(header_bytes(ts, METADATA)) + sum(t.nbytes for t in ts) for name, ts in files.items()}
     small = [src / name for name in ("config.json", *_COPIED, *TOKENIZER_FILES) if (src / name).is_file()]
-    record = {"format": FORMAT, "dtype": dtype, "source": source_record([*small, *official.shards])}
-    return Job(dst, record, sizes, lambda folder: _write_small_files(src, folder, dtype), write)
+    record = {**key, "source": source_record([*small, *source.files])}
+    return Job(dst, record, sizes, lambda folder: _write_small_files(src, folder, key), _writer(source, dtype, head_dtype))
+
+
+def _writer(source: Source, dtype: str, head_dtype: str) -> Callable[[BinaryIO, str, Advance], None]:
+    """What writes one of our weights files, for a Job."""
+    plain, stored = files_of(source.config), files_of(source.config, dtype, head_dtype)
+
+    def write(file: BinaryIO, name: str, advance: Advance) -> None:
+        header = header_bytes(stored[name], METADATA)
+        file.write(header)
+        advance(len(header))
+        bits = BITS[head_dtype if name == HEAD_FILE else dtype]
+        for tensor in plain[name]:
+            bands = source.bands(name, tensor.name)
+            if tensor in stored[name]:
+                write_tensor(file, tensor, bands, advance)
+            else:
+                write_quantised(file, bits, bands, advance)
+
+    return write
 
 
 def check_apart(src: Path, dst: Path) -> None:
@@ -56,27 +67,29 @@ def check_apart(src: Path, dst: Path) -> None:
         raise MossError(f"{dst}: one of source and destination lies in the other; choose another destination")
 
 
-def _write_small_files(src: Path, folder: Path, dtype: str) -> None:
+def _write_small_files(src: Path, folder: Path, key: dict) -> None:
     write_tokenizer(src, folder)
     for name in _COPIED:
         if (src / name).is_file():
             _write(folder / name, (src / name).read_bytes())
-    text = (src / "config.json").read_bytes()
-    _write(folder / "config.json", text.replace(b"{", _our_key(dtype), 1))
+    text = official_config((src / "config.json").read_bytes())
+    _write(folder / "config.json", text.replace(b"{", _our_key(key), 1))
 
 
-def _our_key(dtype: str) -> bytes:
+def _our_key(key: dict) -> bytes:
     """What follows the first brace of our config.json; all else in it is as the source has it, so it can be taken out again."""
-    return b'{\n  "moss_jt": ' + json.dumps({"format": FORMAT, "dtype": dtype}).encode() + b","
+    return b'{\n  "moss_jt": ' + json.dumps(key).encode() + b","
 
 
-def official_config(text: bytes, dtype: str) -> bytes:
-    """The source's config.json, byte for byte, from ours."""
-    if _our_key(dtype) in text:
-        return text.replace(_our_key(dtype), b"{", 1)
-    raw = json.loads(text)  # somebody has laid it out anew
-    raw.pop("moss_jt", None)
-    return json.dumps(raw, indent=2, ensure_ascii=False).encode()
+def official_config(text: bytes) -> bytes:
+    """A config.json without our key: byte for byte the one that ours was made from; an official one as it is."""
+    raw = json.loads(text)
+    key = raw.pop("moss_jt", None)
+    if key is None:
+        return text
+    if _our_key(key) in text:
+        return text.replace(_our_key(key), b"{", 1)
+    return json.dumps(raw, indent=2, ensure_ascii=False).encode()  # somebody has laid it out anew
 
 
 def _write(path: Path, data: bytes) -> None:

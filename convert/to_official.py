@@ -17,7 +17,7 @@ from .job import RECORD, Job, recorded_source, source_record, whole_file
 from .mapping import Band, official_bands, official_shapes, pieces
 from .to_moss_jt import check_apart, official_config
 from .torchsave import write_torch
-from .view import View, contiguous
+from .view import of_region
 
 # format -> (a shard's name without its end, the end)
 FORMATS = {"pytorch": ("pytorch_model", "bin"), "safetensors": ("model", "safetensors")}
@@ -31,6 +31,8 @@ def plan(src: Path, out: Path, format: str, shard_size: int) -> Job:
         raise MossError(f"a shard of {shard_size} bytes cannot hold anything")
     check_apart(src, out)
     weights = open_weights(src)
+    if quantised := {weights.dtype, weights.head_dtype} - {"fp16"}:
+        raise MossError(f"{src}: is in {min(quantised)}, and only fp16 is exported; give a folder converted with --dtype fp16")
     shards = _shards([Tensor(n, "F16", s) for n, s in official_shapes(weights.config).items()], format, shard_size)
     bands = _bands(weights)
 
@@ -61,19 +63,10 @@ def _bands(weights: Weights) -> dict[str, list[Band]]:
     """What each official tensor is made of."""
     bands = {}
     for file, file_pieces in pieces(weights.config).items():
-        ours = _views(weights, file)
+        ours = of_region(weights.regions[file])
         for name in {p.official for p in file_pieces}:
             bands[name] = official_bands(file_pieces, name, ours)
     return bands
-
-
-def _views(weights: Weights, file: str) -> dict[str, View]:
-    region, views = weights.regions[file], {}
-    at = region.start
-    for t in region.tensors:
-        views[t.name] = contiguous(t.name, region.path, t.dtype, t.shape, at)
-        at += t.nbytes
-    return views
 
 
 def _write_safetensors(file: BinaryIO, tensors: list[Tensor], write) -> None:
@@ -89,7 +82,7 @@ def _write_small_files(weights: Weights, shards: dict[str, list[Tensor]], index_
     """config.json as it was, an index if there are several shards, and whatever else was copied when converting."""
     src = weights.folder
     with whole_file(folder / "config.json") as f:
-        f.write(official_config((src / "config.json").read_bytes(), weights.dtype))
+        f.write(official_config((src / "config.json").read_bytes()))
     if len(shards) > 1:
         total = sum(t.nbytes for tensors in shards.values() for t in tensors)
         weight_map = {t.name: name for name, tensors in shards.items() for t in tensors}

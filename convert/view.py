@@ -10,12 +10,14 @@ import numpy as np
 
 from ..errors import MossError
 from ..weights.layout import DTYPE_BYTES
+from ..weights.store import Region
 
 # How each safetensors dtype is held by numpy, which has no bfloat16: those stay their 16 bits until they are cast.
 _HELD = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "u1",
 }  # fmt: skip
+_LARGEST_F16 = 65504
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,15 @@ def contiguous(name: str, path: Path, dtype: str, shape: tuple[int, ...], start:
     return View(name, path, dtype, shape, tuple(reversed(strides)), start)
 
 
+def of_region(region: Region) -> dict[str, View]:
+    """The tensors of one of our own files."""
+    views, at = {}, region.start
+    for t in region.tensors:
+        views[t.name] = contiguous(t.name, region.path, t.dtype, t.shape, at)
+        at += t.nbytes
+    return views
+
+
 def read_bytes(path: Path, start: int, count: int) -> np.ndarray:
     """Exactly ``count`` bytes from ``start``. They are read once, so the system need not keep them in memory."""
     buffer = np.empty(count, np.uint8)
@@ -93,13 +104,24 @@ def read_bytes(path: Path, start: int, count: int) -> np.ndarray:
 
 def cast(x: np.ndarray, view: View, dtype: str) -> np.ndarray:
     """``x``, read from ``view``, as F16 or F32. Raises MossError for NaN, infinity and what is too large for fp16."""
-    if view.dtype == "BF16":
-        x = (x.astype(np.uint32) << 16).view(np.float32)
+    x = _widened(x, view)
     with np.errstate(over="ignore"):
         y = x.astype(_HELD[dtype], copy=False)
     if not _all_finite(y):
-        raise MossError(f"{view.path}: tensor {view.name} {_what_is_there(x)}; damaged, or not made for fp16")
+        raise _unusable(x, view)
     return y
+
+
+def cast_to_quantise(x: np.ndarray, view: View) -> np.ndarray:
+    """``x``, read from ``view``, as F32, with every bit the source has. Raises MossError for what F16 could not hold."""
+    y = _widened(x, view).astype(np.float32, copy=False)
+    if not (y.max() <= _LARGEST_F16 and y.min() >= -_LARGEST_F16):  # so, because a comparison with NaN is false
+        raise _unusable(y, view)
+    return y
+
+
+def _widened(x: np.ndarray, view: View) -> np.ndarray:
+    return (x.astype(np.uint32) << 16).view(np.float32) if view.dtype == "BF16" else x
 
 
 def _all_finite(y: np.ndarray) -> bool:
@@ -108,9 +130,13 @@ def _all_finite(y: np.ndarray) -> bool:
     return bool(np.isfinite(y).all())
 
 
+def _unusable(x: np.ndarray, view: View) -> MossError:
+    return MossError(f"{view.path}: tensor {view.name} {_what_is_there(x)}; damaged, or not made for fp16")
+
+
 def _what_is_there(x: np.ndarray) -> str:
     if np.isnan(x).any():
         return "holds NaN (not a number)"
     if np.isinf(x).any():
         return "holds infinity"
-    return f"holds {x.flat[np.abs(x).argmax()]:g}, beyond fp16's largest number 65504"
+    return f"holds {x.flat[np.abs(x).argmax()]:g}, beyond fp16's largest number {_LARGEST_F16}"

@@ -14,6 +14,7 @@ import pytest
 
 from moss_jt.cli import main
 from moss_jt.weights import open_weights
+from moss_jt.weights.layout import BITS
 from tests.checkpoints import random_state, small_config, write_official
 
 CONFIG = small_config()
@@ -55,6 +56,24 @@ def test_export_to_safetensors(tmp_path, src, run):
     assert (tmp_path / "out/model.safetensors").exists()
 
 
+def test_every_dtype_for_blocks_and_head(tmp_path, src, run):
+    for dtype in BITS:
+        dst = tmp_path / dtype
+        code, stdout, stderr = run("convert", "weights", src, dst, "--dtype", dtype, "--head-dtype", "int8")
+        assert code == 0 and stderr == "" and stdout.startswith(f"{dst}: ")
+        opened = open_weights(dst)
+        assert (opened.dtype, opened.head_dtype) == (dtype, "int8")
+    assert run("convert", "weights", src, tmp_path / "int4", "--dtype", "int4")[1].endswith(f"already converted from {src}\n")
+    code, stdout, stderr = run("convert", "weights", src, tmp_path / "int4")
+    assert code == 1 and stdout == "" and "exists already" in stderr
+    for wrong in (tmp_path / "int4", tmp_path / "fp16"):  # the latter's lm_head
+        code, stdout, stderr = run("convert", "export", wrong, tmp_path / "out")
+        assert code == 1 and stdout == "" and "only fp16 is exported" in stderr and stderr.count("\n") == 1
+    code, stdout, _ = run("convert", "weights", src, tmp_path / "dry", "--dtype", "int4", "--dry-run")
+    for path in (tmp_path / "int4").glob("*.safetensors"):
+        assert f"{path.stat().st_size:,} bytes" in next(line for line in stdout.splitlines() if line.startswith(path.name))
+
+
 def test_dry_run_writes_nothing(tmp_path, src, run):
     code, stdout, stderr = run("convert", "weights", src, tmp_path / "dst", "--dry-run")
     assert code == 0 and stderr == ""
@@ -86,6 +105,7 @@ def test_errors_are_one_line_and_1(tmp_path, src, run):
         ["weights", "src"],
         ["weights", "src", "dst", "more"],
         ["weights", "src", "dst", "--dtype", "int3"],
+        ["weights", "src", "dst", "--head-dtype", "int3"],
         ["export", "src", "dst", "--shard-size", "0"],
         ["export", "src", "dst", "--shard-size", "10 parsecs"],
         ["export", "src", "dst", "--format", "gguf"],

@@ -14,6 +14,7 @@ import click
 if TYPE_CHECKING:
     from ..convert.job import Job, Progress
 
+_DTYPES = ["fp16", "int8", "int4"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -37,19 +38,21 @@ def command() -> None:
 @command.command()
 @click.argument("src")
 @click.argument("dst", type=click.Path())
-@click.option("--dtype", type=click.Choice(["fp16"]), default="fp16", show_default=True, help="How the weights are stored.")
+@click.option("--dtype", type=click.Choice(_DTYPES), default="fp16", show_default=True, help="How weights are stored.")
+@click.option("--head-dtype", type=click.Choice(_DTYPES), help="How lm_head is stored.  [default: int8; fp16 with fp16 blocks]")
 @click.option("--revision", metavar="NAME", help="A branch, tag or commit, where SRC is a Hub id.")
 @_dry_run
-def weights(src: str, dst: str, dtype: str, revision: str | None, dry_run: bool) -> None:
+def weights(src: str, dst: str, dtype: str, head_dtype: str | None, revision: str | None, dry_run: bool) -> None:
     """Convert an official checkpoint to the folder DST.
 
     SRC is a folder that holds config.json, the tokenizer's files and pytorch_model*.bin or *.safetensors, or a Hub id such as
-    fnlp/moss-moon-003-sft. No code of the checkpoint is run. Stopped at any moment, the same command goes on where it was.
+    fnlp/moss-moon-003-sft; for int8 and int4 also an fp16 folder that this command wrote. No code of the checkpoint is run.
+    Stopped at any moment, the same command goes on where it was.
     """
     from .. import convert
 
     with _stoppable():
-        job = convert.plan_weights(src, dst, dtype, revision, download=not dry_run)
+        job = convert.plan_weights(src, dst, dtype, head_dtype, revision, download=not dry_run)
         if job.finished:
             click.echo(f"{dst}: already converted from {src}")
         else:

@@ -73,7 +73,8 @@ def _summary(found: dict) -> Table:
 
 def _kind(found: dict) -> str:
     if found["kind"] == "converted":
-        return f"converted, format {found['format']}, {found['dtype']}"
+        dtypes = [found["dtype"], f"lm_head in {found['head_dtype']}"] if found["dtype"] else []
+        return ", ".join(["converted", f"format {found['format']}", *dtypes])
     dtypes = ", ".join(f"{n} tensors {dtype}" for dtype, n in found["dtypes"].items())
     return ": ".join(x for x in ("official, " + (found["container"] or "cannot be opened"), dtypes) if x)
 

@@ -32,32 +32,33 @@ def assert_same_folders(a: Path, b: Path) -> None:
     assert filecmp.cmpfiles(a, b, names, shallow=False) == (names, [], [])
 
 
-# Converts and kills itself in the middle of the file that follows argv[3].
+# Converts to argv[4] and kills itself in the middle of the file that follows argv[3].
 KILLED = """
 import os, pathlib, signal, sys
 from moss_jt import convert
-src, dst, whole = map(pathlib.Path, sys.argv[1:])
+src, dst, whole = map(pathlib.Path, sys.argv[1:4])
 def progress(done, total):
     if (dst.with_name(dst.name + ".partial") / whole).exists():
         os.kill(os.getpid(), signal.SIGKILL)
-convert.weights(src, dst, progress=progress)
+convert.weights(src, dst, sys.argv[4], progress=progress)
 """
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "int4"])
 @pytest.mark.parametrize("whole", ["config.json", "block-00.safetensors", "block-03.safetensors"])
-def test_kill_9_and_again(tmp_path, src, whole):
+def test_kill_9_and_again(tmp_path, src, whole, dtype):
     dst, partial = tmp_path / "dst", tmp_path / "dst.partial"
-    killed = subprocess.run([sys.executable, "-c", KILLED, src, dst, whole], capture_output=True, text=True)
+    killed = subprocess.run([sys.executable, "-c", KILLED, src, dst, whole, dtype], capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     assert not dst.exists()
     before = {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in partial.glob("*.safetensors")}
     assert (whole in before or whole == "config.json") and len(before) < len(convert.plan_weights(src, dst).files)
 
-    convert.weights(src, dst)
+    convert.weights(src, dst, dtype)
     assert not partial.exists()
     after = {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in dst.glob("*.safetensors")}
     assert before.items() <= after.items()  # what was whole was not written again
-    convert.weights(src, tmp_path / "uninterrupted")
+    convert.weights(src, tmp_path / "uninterrupted", dtype)
     assert_same_folders(dst, tmp_path / "uninterrupted")
     open_weights(dst)
 
@@ -76,25 +77,26 @@ class Stopped(Exception):
     pass
 
 
-def stop_after(src: Path, dst: Path, whole: str) -> None:
+def stop_after(src: Path, dst: Path, whole: str, dtype: str = "fp16") -> None:
     def progress(done: int, total: int) -> None:
         if (dst.with_name(dst.name + ".partial") / whole).exists():
             raise Stopped
 
     with pytest.raises(Stopped):
-        convert.weights(src, dst, progress=progress)
+        convert.weights(src, dst, dtype, progress=progress)
 
 
-def test_progress_counts_every_byte(tmp_path, src):
+@pytest.mark.parametrize("dtype", ["fp16", "int4"])
+def test_progress_counts_every_byte(tmp_path, src, dtype):
     seen = []
-    convert.weights(src, tmp_path / "dst", progress=lambda done, total: seen.append((done, total)))
+    convert.weights(src, tmp_path / "dst", dtype, progress=lambda done, total: seen.append((done, total)))
     total = sum(p.stat().st_size for p in (tmp_path / "dst").glob("*.safetensors"))
     assert {t for _, t in seen} == {total} and seen[0] == (0, total) and seen[-1] == (total, total)
     assert seen == sorted(seen)
     shutil.rmtree(tmp_path / "dst")
-    stop_after(src, tmp_path / "dst", "block-00.safetensors")
+    stop_after(src, tmp_path / "dst", "block-00.safetensors", dtype)
     seen.clear()
-    convert.weights(src, tmp_path / "dst", progress=lambda done, total: seen.append((done, total)))
+    convert.weights(src, tmp_path / "dst", dtype, progress=lambda done, total: seen.append((done, total)))
     assert 0 < seen[0][0] < total and seen[-1] == (total, total)
 
 
@@ -148,6 +150,14 @@ def test_a_partial_folder_of_another_source_is_refused(tmp_path, src):
     os.utime(src / "pytorch_model-00001-of-00002.bin")
     with pytest.raises(MossError, match=r"dst\.partial: begun from another source or with other settings; delete it"):
         convert.weights(src, tmp_path / "dst")
+
+
+@pytest.mark.parametrize("dtypes", [("fp16", None), ("int8", None), ("int4", "fp16"), ("int4", "int4")])
+def test_a_partial_folder_of_another_dtype_is_refused(tmp_path, src, dtypes):
+    stop_after(src, tmp_path / "dst", "block-00.safetensors", "int4")
+    with pytest.raises(MossError, match=r"dst\.partial: begun from another source or with other settings; delete it"):
+        convert.weights(src, tmp_path / "dst", *dtypes)
+    open_weights(convert.weights(src, tmp_path / "dst", "int4", "int8"))
 
 
 def test_a_partial_folder_that_is_none_of_ours(tmp_path, src):

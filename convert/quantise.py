@@ -1,0 +1,85 @@
+"""Round to nearest: each group of 128 weights of a row becomes whole numbers, a scale and a zero.
+
+``w ~ (q - zero) * scale``; docs/formats.md has the rule and how the numbers are packed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..weights.layout import GROUP
+
+# Narrower ranges than a group's own that are tried: what lies outside is clipped, and all else gets finer steps. Whichever has
+# the least squared error is taken. In 4 bits that is 5 % less error, of the weights and of the logits; finer or further
+# choices add 1 %. In 8 bits the whole range always wins.
+_NARROWED = {8: (), 4: (0.95, 0.9, 0.85, 0.8)}
+_SMALLEST = np.float32(2.0**-24)  # fp16's smallest number; a group of zeros has this scale too
+
+
+class Quantised(NamedTuple):
+    """A matrix of N x K weights as it is stored, G groups a row: q uint8 (N, G·16·bits), scale float16, zero uint8 (N, G)."""
+
+    q: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray
+
+
+def quantise(w: np.ndarray, bits: int) -> Quantised:
+    """w float32 (N, K), none beyond fp16's largest; bits 8 or 4."""
+    x = _groups(w)
+    scale, zero = _best_grid(x, bits)
+    q = (_steps(x / scale, zero, bits) + zero).astype(np.uint8)
+    return Quantised(pack(q, bits).reshape(len(w), -1), scale[..., 0].astype(np.float16), zero[..., 0].astype(np.uint8))
+
+
+def _groups(w: np.ndarray) -> np.ndarray:
+    """(N, K) -> (N, G, 128); the last group's missing inputs are zeros, and come out as exact zeros again."""
+    padded = np.pad(w, ((0, 0), (0, -w.shape[1] % GROUP))) if w.shape[1] % GROUP else w
+    return padded.reshape(len(w), -1, GROUP)
+
+
+def _best_grid(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero of each group, float32 (N, G, 1)."""
+    low, high = np.minimum(x.min(2, keepdims=True), 0), np.maximum(x.max(2, keepdims=True), 0)
+    best = _grid(low, high, bits)
+    least = _error(x, *best, bits) if _NARROWED[bits] else None
+    for ratio in map(np.float32, _NARROWED[bits]):
+        grid = _grid(low * ratio, high * ratio, bits)
+        error = _error(x, *grid, bits)
+        better = error < least
+        least = np.where(better, error, least)
+        best = tuple(np.where(better, new, old) for new, old in zip(grid, best))
+    return best
+
+
+def _grid(low: np.ndarray, high: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """The scale and zero that reach from low <= 0 to high >= 0. The range holds 0, so that a weight of 0 stays 0; the scale
+    is rounded up to fp16, so that it does reach, and what is computed with it is what will be read."""
+    exact = (high - low) / np.float32(2**bits - 1)
+    half = exact.astype(np.float16)
+    half = np.where(half < exact, np.nextafter(half, np.float16(np.inf)), half)
+    scale = np.maximum(half.astype(np.float32), _SMALLEST)
+    return scale, np.rint(-low / scale)
+
+
+def _steps(y: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
+    """q - zero of weights y that were divided by their scale, all float32."""
+    steps = np.rint(y)
+    np.maximum(steps, -zero, out=steps)
+    return np.minimum(steps, np.float32(2**bits - 1) - zero, out=steps)
+
+
+def _error(x: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
+    """Each group's squared error, (N, G, 1)."""
+    y = x / scale
+    y -= _steps(y, zero, bits)
+    return np.einsum("ngk,ngk->ng", y, y)[..., None] * scale**2
+
+
+def pack(q: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 (N, G, 128), each below 2^bits -> (N, G, 16·bits) bytes."""
+    if bits == 8:
+        return q
+    return q[..., : GROUP // 2] | q[..., GROUP // 2 :] << 4
