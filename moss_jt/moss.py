@@ -16,23 +16,28 @@ from .model import Model
 from .runtime import jittor
 from .sampling import Sampling
 from .stopping import Stop
+from .swap import plan_for
 from .tokenizer import load_tokenizer
 from .weights import open_weights
 
 
-def load(folder: str | Path, device: str = "auto", context: int = 2048) -> Moss:
+def load(folder: str | Path, device: str = "auto", context: int = 2048, ram: str | int | None = None) -> Moss:
     """Open a converted checkpoint for use.
 
     device: ``"auto"``, ``"cpu"`` or ``"cuda"``. context: the tokens to keep room for, prompt and answer together; at most
-    n_ctx are, since the model was never trained beyond. Raises MossError where the folder, the device or this machine's
-    setup is at fault. The first call on a machine compiles for minutes, and says so on stderr.
+    n_ctx are, since the model was never trained beyond. ram: the most memory to use, in bytes or like ``"6GiB"``; weights that
+    do not fit are read from disk for every sweep; None: what is available less a margin. Raises MossError where the folder, the
+    device, the budget or this machine's setup is at fault. The first call on a machine compiles for minutes, and says so on
+    stderr.
     """
     if context < 2:
         raise MossError(f"context is {context}, it must be 2 or more")
     weights = open_weights(folder)
     tokenizer = load_tokenizer(folder)
+    context = min(context, weights.config.n_ctx)
+    plan = plan_for(weights, context, ram)
     jittor(device)
-    return Moss(Model(weights, min(context, weights.config.n_ctx)), tokenizer)
+    return Moss(Model(weights, context, plan), tokenizer)
 
 
 class Moss:

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from .. import machine
+from ..errors import MossError
+from ..sizes import parse_size
 from ..weights import Weights
-from .plan import CHUNK, Plan, make_plan, smallest
+from .plan import CHUNK, Plan, in_mib, make_plan, smallest, too_small
 from .resident import Resident
 from .streamed import Streamed
 
-__all__ = ["CHUNK", "Plan", "Resident", "Streamed", "lender", "make_plan", "smallest"]
+__all__ = ["CHUNK", "Plan", "Resident", "Streamed", "lender", "make_plan", "plan_for", "smallest"]
+
+# Left to the rest of the machine where no budget is given.
+_MARGIN, _LEAST_MARGIN = 0.1, 512 << 20
+
+
+def plan_for(weights: Weights, context: int, ram: str | int | None = None) -> Plan:
+    """The plan under a budget of ``ram`` (bytes, or a size like ``"6GiB"``); by default under what this machine has available
+    less a margin: what is larger would not stay in memory, and come from disk page by page instead of ahead of its use.
+
+    Raises MossError where that is too small.
+    """
+    model = (weights.config, weights.dtype, weights.head_dtype, context)
+    if ram is not None:
+        return make_plan(*model, parse_size(ram))
+    available, least = machine.memory().available, smallest(*model)
+    if available < least:
+        raise MossError(too_small(*model, f"the {in_mib(available)} of memory that is available"))
+    return make_plan(*model, max(least, available - max(int(_MARGIN * available), _LEAST_MARGIN)))
 
 
 def lender(weights: Weights, plan: Plan | None) -> Resident | Streamed:

@@ -128,7 +128,7 @@ def make_plan(config: Config, dtype: str, head_dtype: str, context: int, budget:
     sizes = _Sizes(config, dtype, head_dtype, context)
     fitting = [placed for placed in _placements(sizes, budget - sizes.fixed) if placed.fits]
     if not fitting:
-        raise MossError(_too_small(config, dtype, head_dtype, context, budget))
+        raise MossError(too_small(config, dtype, head_dtype, context, f"a budget of {in_mib(budget)}"))
     best = min(fitting, key=lambda placed: placed.streamed)
     blocks = _interleaved(best.blocks, config.n_layer)
     return Plan(config, dtype, head_dtype, context, budget, blocks, best.head_rows, best.part_rows, best.slot)
@@ -203,18 +203,19 @@ def _interleaved(resident: int, blocks: int) -> tuple[str, ...]:
     return tuple(RESIDENT if (i + 1) * resident // blocks > i * resident // blocks else STREAMED for i in range(blocks))
 
 
-def _too_small(config: Config, dtype: str, head_dtype: str, context: int, budget: int) -> str:
+def too_small(config: Config, dtype: str, head_dtype: str, context: int, what: str) -> str:
+    """Says that ``what`` is too small, what would do, and what would need less."""
+
     def needs(dtype: str, head_dtype: str, context: int) -> str:
         return in_mib(smallest(config, dtype, head_dtype, context))
 
-    smaller = [f"a context of {short} {needs(dtype, head_dtype, short)}" for short in (context // 4,) if short >= 64]
-    lighter = [other for other in ("int8", "int4") if BITS[other] < BITS[dtype]]
-    smaller += [f"{other} weights {needs(other, 'int8', context)}" for other in lighter]
-    also = f" ({', '.join(smaller)})" if smaller else ""
-    return (
-        f"a budget of {in_mib(budget)} is too small: {needs(dtype, head_dtype, context)} is the smallest "
-        f"that works with a context of {context} tokens{also}"
-    )
+    ways = [f"{needs(dtype, head_dtype, context // 4)} with a context of {context // 4}"] if context >= 256 else []
+    for lighter in ("int8", "int4"):
+        if BITS[lighter] < BITS[dtype]:
+            ways.append(f"{needs(lighter, min(head_dtype, 'int8', key=BITS.get), context)} in {lighter}")
+    less = f"; {', '.join(ways)}" if ways else ""
+    needed = needs(dtype, head_dtype, context)
+    return f"{what} is too small for this model: {needed} is the smallest that works, with a context of {context} tokens{less}"
 
 
 def in_mib(count: int) -> str:

@@ -1,0 +1,77 @@
+"""The speeds a plan is judged by: measured in seconds, and remembered for a day, since they belong to the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from .. import machine
+from .plan import Speeds
+
+_DAY = 24 * 3600
+
+
+def measured(folder: Path, afresh: bool = False) -> Speeds:
+    """This machine's, and those of the disk that ``folder`` is on; measured now if not since yesterday, or if ``afresh``.
+
+    Takes about five seconds then, and numpy. Raises MossError where the disk cannot be measured.
+    """
+    file, key = _remembered(), _key(folder)
+    known = _read(file)
+    if not afresh and (found := _recent(known.get(key))):
+        return found
+    now = Speeds(machine.memory_bandwidth(), machine.disk_bandwidth(folder), arithmetic())
+    _write(file, {**known, key: {**asdict(now), "at": time.time()}})
+    return now
+
+
+def arithmetic() -> float:
+    """fp32 operations a second of numpy's matrix product: what a good kernel reaches. Best of three."""
+    import numpy as np
+
+    a = np.ones((1536, 1536), np.float32)
+    best = float("inf")
+    for _ in range(4):  # the first one starts threads
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * len(a) ** 3 / best
+
+
+def _key(folder: Path) -> str:
+    """What the speeds belong to: this processor, as far as this process may use it, and the disk."""
+    return f"{machine.cpu().model}, {machine.cores().usable} threads, device {os.stat(folder).st_dev}"
+
+
+def _remembered() -> Path:
+    """Where speeds are kept, by the XDG base directory specification."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moss-jt" / "speeds.json"
+
+
+def _read(file: Path) -> dict:
+    with suppress(OSError, ValueError):
+        if isinstance(known := json.loads(file.read_text()), dict):
+            return known
+    return {}
+
+
+def _recent(entry: object) -> Speeds | None:
+    try:
+        found = Speeds(*(float(entry[name]) for name in ("memory", "disk", "arithmetic")))
+        fresh = 0 <= time.time() - float(entry["at"]) < _DAY
+    except (TypeError, KeyError, ValueError):  # nothing, or written by something else
+        return None
+    return found if fresh and min(found.memory, found.disk, found.arithmetic) > 0 else None
+
+
+def _write(file: Path, known: dict) -> None:
+    """Whole or not at all; where it cannot be written, the next plan measures again."""
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = file.with_name(f"{file.name}.{os.getpid()}")
+        beside.write_text(json.dumps(known, indent=1))
+        os.replace(beside, file)
