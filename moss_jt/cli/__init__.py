@@ -16,8 +16,10 @@ COMMANDS = {
     "chat": "Talk with a converted MOSS in the terminal.",
     "generate": "Continue a text, or answer one question, and print it.",
     "convert": "Convert official checkpoints, and back.",
+    "plan": "Say what a model would need: memory, bytes a token, speed.",
     "info": "Say what a model's folder holds.",
     "tokenize": "Turn text into token ids, or back.",
+    "bench": "Measure speed, beside what this machine could do.",
     "doctor": "Check this machine: compiler, Python, CUDA, memory, speeds.",
 }
 

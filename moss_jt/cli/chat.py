@@ -21,13 +21,22 @@ from .chat_options import check_options, load_model, shared_options, system_text
 @shared_options
 @click.option("--load", "saved", metavar="FILE", help="Go on with a conversation that /save wrote.")
 @click.option("--stats", is_flag=True, help="Show speeds and memory after each answer.")
-def command(model: str, system: str | None, context: int, device: str, saved: str | None, stats: bool, **settings: Any) -> None:
+def command(
+    model: str,
+    system: str | None,
+    context: int,
+    ram: int | None,
+    device: str,
+    saved: str | None,
+    stats: bool,
+    **settings: Any,
+) -> None:
     """Talk with MOSS. Without a terminal, each line of standard input is a message, and only answers are printed."""
     if sys.stdin is None:
         raise MossError("standard input is closed, so there is no message to answer")
     check_options(settings)
     system = None if system is None else system_text(system)
-    moss = load_model(model, device, context)
+    moss = load_model(model, device, context, ram)
     session = Session(moss, system, saved, settings, stats)
     if session.interactive:
         ui.note(f"MOSS · {Path(model).resolve().name} · context {moss.context}")

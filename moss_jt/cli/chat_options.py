@@ -12,6 +12,7 @@ import click
 from ..chat import MAX_NEW_TOKENS
 from ..errors import MossError
 from . import ui
+from .size import CONTEXT, RAM
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def shared_options(command: Callable) -> Callable:
         click.option("-m", "--model", required=True, metavar="DIR", help="Folder of a converted checkpoint."),
         click.option("--system", type=TEXT, metavar="TEXT|@FILE", help="In place of MOSS's meta instruction."),
         *(_option(name, setting) for name, setting in SETTINGS.items()),
-        click.option("--context", type=click.IntRange(2), default=2048, show_default=True, help="Tokens to keep room for."),
+        CONTEXT,
+        RAM,
         click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="What computes."),
     ]
     for option in reversed(options):
@@ -83,7 +85,7 @@ def check_options(settings: dict[str, Any]) -> None:
         raise click.UsageError(str(e)) from None
 
 
-def load_model(folder: str, device: str, context: int) -> Any:
+def load_model(folder: str, device: str, context: int, ram: int | None) -> Any:
     """The model in ``folder``; at a terminal, a line says what is being waited for. Raises MossError."""
     from .. import load
 
@@ -91,7 +93,7 @@ def load_model(folder: str, device: str, context: int) -> Any:
         raise MossError("stdout is closed, so there is nowhere to print an answer")
     if ui.is_terminal(sys.stderr):
         ui.note(f"Loading {folder} …")
-    return load(folder, device=device, context=context)
+    return load(folder, device=device, context=context, ram=ram)
 
 
 def system_text(text: str) -> str:

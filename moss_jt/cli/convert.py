@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -11,22 +10,12 @@ from typing import TYPE_CHECKING, Callable
 
 import click
 
+from .size import SIZE
+
 if TYPE_CHECKING:
     from ..convert.job import Job, Progress
 
 _DTYPES = ["fp16", "int8", "int4"]
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-class _Size(click.ParamType):
-    name = "size"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+)\s*([A-Z]*)", str(value).strip().upper())
-        size = int(match[1]) * _UNITS.get(match[2], 0) if match else 0
-        return size or self.fail(f"{value!r} is not a size like 10GB or 500MiB", param, ctx)
-
-
 _dry_run = click.option("--dry-run", is_flag=True, help="Print what would be written; write and download nothing.")
 
 
@@ -63,7 +52,7 @@ def weights(src: str, dst: str, dtype: str, head_dtype: str | None, revision: st
 @click.argument("src", type=click.Path())
 @click.argument("out", type=click.Path())
 @click.option("--format", type=click.Choice(["pytorch", "safetensors"]), default="pytorch", show_default=True)
-@click.option("--shard-size", type=_Size(), default="10GB", show_default=True, help="Most bytes of tensors in a file.")
+@click.option("--shard-size", type=SIZE, default="10GB", show_default=True, help="Most bytes of tensors in a file.")
 @_dry_run
 def export(src: str, out: str, format: str, shard_size: int, dry_run: bool) -> None:
     """Write the converted checkpoint SRC to the folder OUT with the official names and layout, in fp16.

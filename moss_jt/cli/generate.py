@@ -27,6 +27,7 @@ def command(
     model: str,
     system: str | None,
     context: int,
+    ram: int | None,
     device: str,
     raw: bool,
     stop: tuple[str, ...],
@@ -42,7 +43,7 @@ def command(
     text = text if raw else text.strip()
     if not text:
         raise MossError("the prompt is empty")
-    moss = load_model(model, device, context)
+    moss = load_model(model, device, context, ram)
     settings["stop"] = _stops(moss, stop)
     pieces = moss.generate(text, **settings) if raw else moss.chat(system).send(text, **settings)
     with closing(pieces):

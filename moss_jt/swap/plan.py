@@ -59,7 +59,11 @@ class Plan:
     blocks: tuple[str, ...]  # where each one is: RESIDENT or STREAMED
     head_rows: int  # of lm_head's, from the first on, that are resident
     part_rows: int  # of the others, how many are read together
-    slot: int  # the size of each of the SLOTS; 0 where nothing is streamed
+    slot: int  # the size of each slot; 0 where nothing is streamed
+
+    @property
+    def slots(self) -> int:
+        return SLOTS if self.streams else 0
 
     @property
     def streams(self) -> bool:
@@ -84,7 +88,7 @@ class Plan:
             "KV cache": s.cache,
             "blocks": self.blocks.count(RESIDENT) * s.block,
             "lm_head": s.head_rows(self.head_rows) + s.head_rest,
-            "slots": SLOTS * self.slot,
+            "slots": self.slots * self.slot,
         }
 
     @property

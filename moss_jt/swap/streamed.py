@@ -16,7 +16,7 @@ from ..weights.store import Region, arrays
 from . import parts
 from .host import Rows, as_vars
 from .parts import Part
-from .plan import SLOTS, Plan
+from .plan import Plan
 from .reader import File, Worker, allocate
 from .ring import Ring
 
@@ -44,7 +44,7 @@ class Streamed:
         self._resident = {item: _Memory(source.part.room, {item: source.part}) for item, source in sources.items()}
         for item, source in sources.items():
             source.fetch(self._resident[item].bytes)
-        slots = [_Memory(plan.slot, {item: source.part for item, source in streamed.items()}) for _ in range(SLOTS)]
+        slots = [_Memory(plan.slot, {item: source.part for item, source in streamed.items()}) for _ in range(plan.slots)]
         worker = Worker("moss-jt reads weights")
         self.close = weakref.finalize(self, worker.close)  # when called, or when this is no longer used, or at the end
         self._ring = Ring(slots, _Disk(worker, streamed))

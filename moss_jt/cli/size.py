@@ -1,0 +1,25 @@
+"""Options that are sizes."""
+
+from __future__ import annotations
+
+import click
+
+from ..errors import MossError
+from ..sizes import parse_size
+
+
+class _Size(click.ParamType):
+    """A size such as 6GiB, in bytes."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(value)
+        except MossError as e:
+            self.fail(str(e), param, ctx)
+
+
+SIZE = _Size()
+CONTEXT = click.option("--context", type=click.IntRange(2), default=2048, show_default=True, help="Tokens to keep room for.")
+RAM = click.option("--ram", type=SIZE, metavar="SIZE", help="Most memory to use, like 6GiB.  [default: what can be spared]")
