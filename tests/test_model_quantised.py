@@ -1,0 +1,67 @@
+"""Models in int8 and int4: against float64 on the very weights that their files hold, and on the golden dialogues."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import moss_jt
+from moss_jt.config import Config
+from moss_jt.model import Model
+from moss_jt.weights import open_weights
+
+from . import dequantise, reference
+from .checkpoints import random_state, small_config, write_official
+from .test_model import error
+
+SIZES = {
+    "less than a group": {"n_layer": 1, "n_embd": 16, "n_head": 4, "rotary_dim": 4},
+    "two groups, n_inner": {"n_embd": 160, "n_head": 8, "n_inner": 300, "rotary_dim": 4},
+    "whole groups": {"n_embd": 256, "n_head": 4, "rotary_dim": 32},
+}
+# More than 8 tokens at once may be multiplied in bfloat16 (kernels_cpu/lanes.h): 1.6e-3 of each product.
+MANY_TOKENS = 8e-3
+DTYPES = [("int8", "int8"), ("int4", "int8"), ("fp16", "int4")]
+
+
+@pytest.fixture(scope="module", params=list(SIZES))
+def official(request, tmp_path_factory):
+    """(folder, state) of a freshly drawn model."""
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print(f"seed {seed}")
+    raw = small_config(n_ctx=40, n_positions=40, vocab_size=120, **SIZES[request.param])
+    state = random_state(raw, seed)
+    return write_official(tmp_path_factory.mktemp("model") / "official", raw, state), state
+
+
+@pytest.mark.parametrize(("dtype", "head_dtype"), DTYPES)
+def test_logits_are_those_of_the_stored_weights(official, tmp_path, dtype, head_dtype):
+    folder, state = official
+    weights = open_weights(moss_jt.convert.weights(folder, tmp_path / "ours", dtype, head_dtype))
+    stored = dequantise.official_state(weights, state)
+    ids = np.random.default_rng().integers(0, 120, 30)
+    exact = reference.logits(Config.read(folder), stored, ids)
+    assert error(reference.logits(Config.read(folder), state, ids), exact) > 2e-3  # it would show if others were computed with
+    model = Model(weights, 40)
+    steps = [model.logits(ids[: n + 1])[0] for n in range(len(ids))]
+    assert error(np.array(steps), exact) < 1e-3
+    for n, most in ((8, 1e-3), (30, MANY_TOKENS)):
+        model.sequence.truncate(0)
+        assert error(model.logits(ids[:n], last=n), exact[:n]) < most
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def trained(request, official_checkpoint, tmp_path_factory):
+    """The trained small checkpoint, converted."""
+    folder = tmp_path_factory.mktemp("trained") / request.param
+    moss_jt.convert.weights(official_checkpoint("moss-tiny-sft"), folder, request.param)
+    return moss_jt.load(folder)
+
+
+def test_golden_dialogues(trained, golden):
+    for file in ("dialogues.json", "turns.json"):
+        for record in json.loads((golden / file).read_text()):
+            answer = trained.generate(record["prompt_ids"], greedy=True, max_new_tokens=400)
+            assert [piece.id for piece in answer] == record["greedy_ids"]
