@@ -7,6 +7,7 @@
 // Many tokens: the arithmetic is the limit. A tile of w is unpacked once, into the L2 cache, to what lanes.h multiplies, and
 // used for all tokens; the sums of 4 rows x 6 tokens stay in registers (AVX-512; fewer where there are 16 registers).
 #pragma once
+#include "tile.h"
 #include "weights_f16.h"
 #include "weights_grouped.h"
 
@@ -33,50 +34,6 @@ void linear_few(const W& w, typename W::Few x, float* y, int64_t N, Finish finis
         for (; n + R <= end; n += R) few_rows<R, T>(w, x, y, n, N);
         for (; n < end; n++) few_rows<1, T>(w, x, y, n, N);
         for (int t = 0; t < T; t++) finish(y + t * N + n0, t, n0, end - n0);
-    }
-}
-
-// y[t, r] += sums of R rows of a tile of w (row stride w_stride) times T tokens; K a whole number of steps.
-template <class L, int R, int T>
-inline void tile(const typename L::E* w, int64_t w_stride, const typename L::E* x, int64_t x_stride, int64_t K, float* y, int64_t N) {
-    vec acc[R][T];
-    MOSS_UNROLL
-    for (int r = 0; r < R; r++)
-        MOSS_UNROLL
-        for (int t = 0; t < T; t++) acc[r][t] = zero();
-    for (int64_t k = 0; k < K; k += L::STEP) {
-        typename L::V ws[R];
-        MOSS_UNROLL
-        for (int r = 0; r < R; r++) ws[r] = L::get(w + r * w_stride + k);
-        MOSS_UNROLL
-        for (int t = 0; t < T; t++) {
-            typename L::V xs = L::keep(L::get(x + t * x_stride + k));
-            MOSS_UNROLL
-            for (int r = 0; r < R; r++) acc[r][t] = L::dot(ws[r], xs, acc[r][t]);
-        }
-    }
-    MOSS_UNROLL
-    for (int t = 0; t < T; t++)
-        MOSS_UNROLL
-        for (int r = 0; r < R; r++) y[t * N + r] += sum(acc[r][t]);
-}
-
-// T tokens (row stride x_stride) times a tile of `rows` rows of K inputs: y += x w^T.
-template <class L>
-inline void tile_all(const typename L::E* w, int64_t rows, int64_t K, const typename L::E* x, int64_t x_stride, int64_t T,
-                     float* y, int64_t N) {
-    const int R = VEC == 16 ? 4 : 2, TOKENS = 6;  // what the registers hold
-    for (int64_t t = 0, step; t < T; t += step) {
-        step = t + TOKENS <= T ? TOKENS : 1;
-        const typename L::E* xs = x + t * x_stride;
-        for (int64_t r = 0, height; r < rows; r += height) {
-            height = r + R <= rows ? R : 1;
-            float* ys = y + t * N + r;
-            if (height == R && step == TOKENS) tile<L, R, TOKENS>(w + r * K, K, xs, x_stride, K, ys, N);
-            else if (height == R) tile<L, R, 1>(w + r * K, K, xs, x_stride, K, ys, N);
-            else if (step == TOKENS) tile<L, 1, TOKENS>(w + r * K, K, xs, x_stride, K, ys, N);
-            else tile<L, 1, 1>(w + r * K, K, xs, x_stride, K, ys, N);
-        }
     }
 }
 
@@ -141,7 +98,9 @@ void linear_in(const float* x, const W& w, const float* bias, float* y, int64_t 
     linear(w, in, y, N, [=](float* ys, int64_t, int64_t n, int64_t count) {
         int64_t skip = std::min(std::max<int64_t>(N - I - n, 0), count);
         const float* b = bias + (n + skip - (N - I));
-        map(ys + skip, count - skip, [=](vec v, int64_t i, int m) { return gelu_new(add(v, m == VEC ? load(b + i) : load_n(b + i, m))); });
+        map(ys + skip, count - skip, [=](vec v, int64_t i, int m) {
+            return gelu_new(add(v, m == VEC ? load(b + i) : load_n(b + i, m)));
+        });
     });
 }
 

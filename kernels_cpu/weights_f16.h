@@ -53,8 +53,8 @@ struct WeightsF16 {
     // Inputs [k, k + depth) of row n as floats, zeros from K on; depth a whole number of vectors.
     void unpack(int64_t n, int64_t k, int64_t depth, float* to) const {
         const f16* row = w + n * K;
-        for (int64_t i = 0; i < depth; i += VEC)
-            store(to + i, k + i + VEC <= K ? load_f16(row + k + i) : load_f16_n(row + k + i, (int)std::max<int64_t>(0, K - k - i)));
+        for (int64_t i = k; i < k + depth; i += VEC)
+            store(to + i - k, i + VEC <= K ? load_f16(row + i) : load_f16_n(row + i, (int)std::max<int64_t>(0, K - i)));
     }
 };
 

@@ -38,10 +38,10 @@ def close(ours: np.ndarray, exact: np.ndarray, size: np.ndarray, tolerance: floa
     assert np.isfinite(ours).all() and error < tolerance, f"relative error {error:.2e}"
 
 
-def product(x: np.ndarray, w: np.ndarray, added=0) -> tuple[np.ndarray, np.ndarray]:
-    """x wᵀ + added in float64, and the size of a sum of such terms of random signs."""
-    x = x.astype(np.float64)
-    return x @ w.T + added, np.sqrt(x**2 @ (w**2).T + added**2)
+def product(x: np.ndarray, w: np.ndarray, *added: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x wᵀ and what is added to it, in float64, and the size of a sum of such terms of random signs."""
+    x, added = x.astype(np.float64), [a.astype(np.float64) for a in added]
+    return x @ w.T + sum(added), np.sqrt(x**2 @ (w**2).T + sum(a**2 for a in added))
 
 
 def test_every_half_converts_exactly(kernels):
@@ -165,7 +165,7 @@ def test_linear_out(kernels, rng, bits, T, N, K):
     weights, exact = random_weights(rng, bits, N, K)
     b, y = rng.standard_normal(N).astype(np.float32), poisoned(T + 1, N)
     kernels.linear_out(a, m, *weights, b, r, y, T, N, K, A, M)
-    close(y[:T], *product(np.concatenate([a, m[:, 5:]], 1), exact, b + r.astype(np.float64)), tolerance(bits, T))
+    close(y[:T], *product(np.concatenate([a, m[:, 5:]], 1), exact, b, r), tolerance(bits, T))
     assert np.isnan(y[T]).all()
 
 
