@@ -173,7 +173,7 @@ def test_a_venv_that_does_not_work_is_made_anew(bench, converted):
 def test_everything_missing_is_named_before_anything_is_made(bench, converted):
     (bench.bin / "g++").unlink()
     no_headers = "import sysconfig; sysconfig.get_path = lambda name: '/nowhere'"
-    no_venv = "import importlib.util as u; u.find_spec = lambda name: None"
+    no_venv = "import sys, importlib.util as u; sys.base_prefix = sys.prefix; u.find_spec = lambda name: None"
     config = bench.home / "bin/python-config"
     config.parent.mkdir()
     config.touch()
