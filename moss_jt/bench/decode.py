@@ -1,0 +1,96 @@
+"""Tokens one after another: bound by how fast memory is read."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from ..config import Config
+from ..errors import MossError
+from ..model import Model
+from ..sampling import Sampler, Sampling
+from ..weights import Weights, open_weights
+from . import limits, page_cache
+from .pairs import compared, in_turn, rate, ratios
+from .random_model import random_model
+from .shape import Shape
+
+_SECONDS, _HOLLOW_SECONDS = 0.3, 0.03  # a sample lasts, or one sweep
+
+
+@dataclass(frozen=True)
+class Decode:
+    """``batch`` tokens a sweep, with ``used`` in the cache."""
+
+    used: int = 128
+    batch: int = 1
+
+    def check(self, shape: Shape, folder: Path) -> None:
+        """Raises MossError where so many tokens, or the weights in ``folder``, do not fit."""
+        if self.used + self.batch > shape.config.n_ctx:
+            raise MossError(f"{self.used} tokens and {self.batch} more do not fit the model's context of {shape.config.n_ctx}")
+        page_cache.check_room(shape, folder)
+
+    def run(self, weights: Weights, threads: int, repeat: int) -> dict:
+        page_cache.fill(weights)
+        work, hollow = Sweeps(Model(weights, weights.config.n_ctx), self.used, self.batch), _hollow(weights, self.batch)
+        limit = limits.memory_read(threads)
+        samples, memory = in_turn(limit, lambda: (work.tokens_s(), hollow.tokens_s(_HOLLOW_SECONDS)), repeat)
+        tokens_s, hollow_tokens_s = map(list, zip(*samples))
+        token = self.token_bytes(Shape.of(weights))
+        return {
+            "context_used": self.used,
+            "batch": self.batch,
+            "tokens_s": tokens_s,
+            "bytes_per_token": token,
+            **compared(limit, [token * speed for speed in tokens_s], memory),
+            "overhead_share": median(ratios(tokens_s, hollow_tokens_s)),  # of a token's time, what it takes without weights
+            "sampling_seconds": _sampling_seconds(work),
+        }
+
+    def token_bytes(self, shape: Shape) -> float:
+        """Weights and cache that a sweep reads, for each of its tokens."""
+        return (shape.token_bytes + shape.config.cache_bytes_per_token * (self.used + self.batch)) / self.batch
+
+
+class Sweeps:
+    """Sweeps of ``batch`` tokens behind ``used`` cached ones, the last token of each chosen from the sweep before."""
+
+    def __init__(self, model: Model, used: int, batch: int):
+        self.model, self.batch = model, batch
+        self.ids = np.random.default_rng(0).integers(0, model.config.vocab_size, used + batch)
+        self.logits = model.logits(self.ids, batch)  # fills the cache, and touches every weight for the first time
+        self._sampler = Sampler(Sampling(greedy=True))
+
+    def sweep(self) -> None:
+        """The model evaluates only the last ``batch`` ids, again and again: for those before it has the cache."""
+        self.logits = self.model.logits(self.ids, self.batch)
+        chosen = [self._sampler.choose(row, self.ids) for row in self.logits]
+        self.ids[-1] = chosen[-1]
+
+    def tokens_s(self, seconds: float = _SECONDS) -> float:
+        return rate(self.sweep, self.batch, seconds)
+
+
+def _hollow(weights: Weights, batch: int) -> Sweeps:
+    """The same over as many blocks with next to no weights: its time is Python's, Jittor's, and that of starting threads."""
+    config = Config(weights.config.n_layer, n_embd=8, n_head=4, n_inner=8, rotary_dim=2, n_ctx=batch, vocab_size=8)
+    with random_model(Shape(config, weights.dtype, weights.head_dtype), Path(tempfile.gettempdir())) as folder:
+        return Sweeps(Model(open_weights(folder), batch), 0, batch)
+
+
+def _sampling_seconds(work: Sweeps) -> float:
+    """What choosing a token by the default sampling takes. In the samples it is the likeliest, as with the peers."""
+    sampler = Sampler(Sampling(seed=0))
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        sampler.choose(work.logits[-1], work.ids)
+        return time.perf_counter() - start
+
+    return median(seconds() for _ in range(20))
