@@ -117,12 +117,21 @@ def _import(nvcc: str, threads: int | None) -> ModuleType:
             cache = Path(jittor_utils.cache_path)  # this compiler's, Python's and processor's part of it
             first_compile.ensure(cache, Path(jittor_utils.__file__).parent.parent / "jittor", cuda=bool(nvcc))
             import jittor
+
+            jittor.flags.python_path = _python()
         except MossError:
             raise
         except (Exception, SystemExit) as e:  # whatever its loading may raise, damaged files included
             why = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
             raise MossError(f"Jittor cannot be imported ({why}); to compile it afresh: rm -r '{cache}'") from e
     return jittor
+
+
+def _python() -> str:
+    """This interpreter by one name, however it was started: Jittor compiles an op again when the name, a part of the command
+    that compiles it, differs."""
+    versioned = Path(sys.executable).with_name(f"python3.{sys.version_info.minor}")
+    return str(versioned) if versioned.exists() else sys.executable
 
 
 @contextmanager
