@@ -119,22 +119,21 @@ def shares(samples: dict[str, list[float]], facts: dict[str, dict]) -> dict[str,
 
 
 def draw(result: dict) -> None:
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False)
     m = result["machine"]
-    console.print(
-        f"{m['cpu']}, {result['threads']} threads, load average {m['load_average']:.1f}; "
-        f"{result['layers']} blocks, {result['used']} tokens in the cache",
-        markup=False,
-    )
+    console.print(f"{m['cpu']}, {result['threads']} threads, load average {m['load_average']:.1f}", markup=False)
+    console.print(f"{result['layers']} blocks, {result['used']} tokens in the cache while decoding")
+    for name, facts in result["programs"].items():
+        console.print(f"{name} ({facts['version']}): {facts['weights']}", markup=False, style="dim")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("", "", "weights", "tokens/s", "moss-jt is faster by", "share of memory read"):
-        table.add_column(column, justify="right" if column in ("tokens/s", "moss-jt is faster by") else "left")
+    for column in ("", "", "tokens/s", "of memory read", "moss-jt ÷ it"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for what, programs in result["measured"].items():
         for name, found in programs.items():
             speed = f"{found['median']:.2f} ± {spread(found['tokens_s']):.2f}"
-            times = "" if name == "moss-jt" else f"{found['times']:.2f} ± {spread(found['times_samples']):.2f} ×"
             share = f"{100 * result['decode_shares'][name]:.0f} %" if what == "decode" else ""
-            table.add_row(what, name, result["programs"][name]["weights"], speed, times, share)
+            times = "" if name == "moss-jt" else f"{found['times']:.2f} ± {spread(found['times_samples']):.2f}"
+            table.add_row(what if name == "moss-jt" else "", name, speed, share, times)
     console.print(table)
 
 

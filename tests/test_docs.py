@@ -23,7 +23,8 @@ from .checkpoints import random_state, small_config, write_official
 from .conftest import ROOT
 from .tokenizer_folders import official_folder
 
-PAGES = ["README.md", "README_zh.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+GUIDES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+PAGES = ["README.md", "README_zh.md", "benchmarks/README.md", *GUIDES]
 RUN = ["README.md", "README_zh.md", "docs/library.md", "docs/chat.md"]  # the pages whose Python is more than a sketch
 # What README.md tells the needs of: the sizes in moss-moon-003's config.json.
 MOON = Config(34, 6144, 24, 24576, 64, 2048, 107008)

@@ -7,7 +7,7 @@ from pathlib import Path
 from serving import asked, serve
 
 import moss_jt
-from moss_jt.bench import Shape, limits, random_model
+from moss_jt.bench import Shape, limits, random_checkpoint
 from moss_jt.bench.decode import Sweeps
 from moss_jt.bench.prefill import Prompts
 from moss_jt.config import Config
@@ -20,7 +20,7 @@ def main() -> None:
     ask = asked()
     shape = Shape(Config(**ask["config"]), ask["dtype"], ask["head_dtype"])
     jittor("cpu", ask["threads"])
-    with random_model(shape, Path(ask["folder"])) as folder:
+    with random_checkpoint(shape, Path(ask["folder"])) as folder:
         model = Model(open_weights(folder), shape.config.n_ctx)
         serve(
             {

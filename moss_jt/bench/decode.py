@@ -17,7 +17,7 @@ from ..sampling import Sampler, Sampling
 from ..weights import Weights, open_weights
 from . import limits, page_cache
 from .pairs import compared, in_turn, rate, ratios
-from .random_model import random_model
+from .random_model import random_checkpoint
 from .shape import Shape
 
 _SECONDS, _HOLLOW_SECONDS = 0.3, 0.03  # a sample lasts, or one sweep
@@ -80,7 +80,7 @@ class Sweeps:
 def _hollow(weights: Weights, batch: int) -> Sweeps:
     """The same over as many blocks with next to no weights: its time is Python's, Jittor's, and that of starting threads."""
     config = Config(weights.config.n_layer, n_embd=8, n_head=4, n_inner=8, rotary_dim=2, n_ctx=batch, vocab_size=8)
-    with random_model(Shape(config, weights.dtype, weights.head_dtype), Path(tempfile.gettempdir())) as folder:
+    with random_checkpoint(Shape(config, weights.dtype, weights.head_dtype), Path(tempfile.gettempdir())) as folder:
         return Sweeps(Model(open_weights(folder), batch), 0, batch)
 
 

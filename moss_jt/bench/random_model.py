@@ -31,7 +31,7 @@ def moon(blocks: int) -> Config:
 
 
 @contextmanager
-def random_model(shape: Shape, parent: Path) -> Iterator[Path]:
+def random_checkpoint(shape: Shape, parent: Path) -> Iterator[Path]:
     """A converted checkpoint in a new folder in ``parent``, which is removed at the end, whatever happens.
 
     Its files are on the disk and, as far as there is room, in the page cache. Raises MossError where the disk is too small.

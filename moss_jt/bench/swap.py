@@ -30,11 +30,12 @@ class Swap:
 
     def check(self, shape: Shape, folder: Path) -> None:
         """Raises MossError where the budget is too small, or nothing would come from a disk."""
+        context = min(self.context, shape.config.n_ctx)
+        if self.batch > context:
+            raise MossError(f"{self.batch} tokens a sweep do not fit a context of {context}")
         plan = self._plan(shape)
         if not plan.streams:
             raise MossError(f"nothing comes from the disk: everything fits in {gib(plan.peak)}, less than the budget")
-        if self.batch > plan.context:
-            raise MossError(f"{self.batch} tokens a sweep do not fit a context of {plan.context}")
         if page_cache.in_memory(folder):
             raise MossError(f"{folder}: is in memory and on no disk; choose another folder with --dir")
 

@@ -118,7 +118,7 @@ def _weights(
     work: Any, model: Path | None, blocks: int | None, dtype: str | None, head_dtype: str | None, parent: Path | None
 ) -> Iterator[Weights]:
     """What the options name, once it is clear that it can be measured."""
-    from ..bench import Shape, moon, random_model
+    from ..bench import Shape, moon, random_checkpoint
     from ..weights import open_weights
 
     if (model is None) == (blocks is None):
@@ -133,7 +133,7 @@ def _weights(
     dtype, parent = dtype or "fp16", parent or Path(tempfile.gettempdir())
     shape = Shape(moon(blocks), dtype, head_dtype or ("fp16" if dtype == "fp16" else "int8"))
     work.check(shape, parent)
-    with random_model(shape, parent) as folder:
+    with random_checkpoint(shape, parent) as folder:
         yield open_weights(folder)
 
 

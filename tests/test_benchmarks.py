@@ -1,0 +1,102 @@
+"""benchmarks/: programs that take turns, on a small shape; the arithmetic of what is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import asdict
+
+import pytest
+
+from moss_jt.bench import Shape
+from moss_jt.config import Config
+
+from .conftest import ROOT
+
+SMALL = Config(n_layer=2, n_embd=256, n_head=4, n_inner=1024, rotary_dim=8, n_ctx=64, vocab_size=300)
+ASK = {"config": asdict(SMALL), "dtype": "int4", "head_dtype": "int8", "threads": 2, "used": 20}
+
+# A program that says how often it was asked for what.
+FAKE = """
+from serving import asked, serve
+counts = []
+
+def sample(name):
+    return lambda *given: counts.append(name) or len(counts) + sum(given)
+
+serve({name: sample(name) for name in ("decode", "memory", "prefill")}, bytes_per_token=10, **asked())
+"""
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks" / "peers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def fakes(peers, tmp_path, monkeypatch):
+    (tmp_path / "programs").mkdir()
+    (tmp_path / "programs/serving.py").write_text((ROOT / "benchmarks/programs/serving.py").read_text())
+    (tmp_path / "programs/fake.py").write_text(FAKE)
+    monkeypatch.setattr(peers, "HERE", tmp_path)
+    monkeypatch.setattr(peers, "SCRIPTS", {"moss-jt": "fake.py", "llama.cpp": "fake.py", "broken": "missing.py"})
+    return tmp_path
+
+
+def test_programs_take_turns(peers, fakes, capfd):
+    (fakes / "meanwhile").mkdir()
+    names = {"moss-jt": sys.executable, "llama.cpp": sys.executable}
+    with peers.started(names, {"version": "1", "folder": str(fakes / "meanwhile")}) as programs:
+        assert len(list((fakes / "meanwhile").iterdir())) == 1 and programs[0].facts["version"] == "1"
+        # Each count rises with every sample: memory is asked of the first program, before each round.
+        assert peers.rounds(programs, "decode", 3) == {
+            "memory read": [1, 3, 5],
+            "moss-jt": [2, 4, 6],
+            "llama.cpp": [1, 2, 3],
+        }
+        assert programs[1].sample("prefill 100") == 104
+    assert list((fakes / "meanwhile").iterdir()) == [] and all(p._process.poll() is not None for p in programs)
+
+
+def test_a_program_that_breaks_is_named(peers, fakes, capfd):
+    with (
+        pytest.raises(SystemExit, match=r"peers: broken has ended \(2\)"),
+        peers.started({"moss-jt": sys.executable, "broken": sys.executable}, {"folder": str(fakes)}),
+    ):
+        pass
+    assert not list(fakes.glob("moss-jt-peers-*"))
+
+
+def test_ratios_are_those_of_the_same_round(peers):
+    samples = {"memory read": [100.0, 200.0, 200.0], "moss-jt": [8.0, 6.0, 9.0], "PyTorch": [1.0, 2.0, 1.0]}
+    found = peers.compared(samples)
+    assert found["PyTorch"] == {"tokens_s": [1, 2, 1], "median": 1, "times": 8, "times_samples": [8, 3, 9]}
+    assert found["moss-jt"]["times_samples"] == [1, 1, 1]
+    facts = {"moss-jt": {"bytes_per_token": 10}, "PyTorch": {"bytes_per_token": 20}}
+    assert peers.shares(samples, facts) == {"moss-jt": 0.45, "PyTorch": 0.2}
+
+
+def test_a_peer_that_is_not_there_is_left_out(peers, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--llama-python", "/no/such/python", "--without", "PyTorch"])
+    assert peers.available(peers.options()) == {"moss-jt": sys.executable}
+    assert "without llama.cpp: /no/such/python" in capsys.readouterr().err
+    monkeypatch.setitem(peers.NEEDS, "PyTorch", ("json", "no_such_module"))
+    assert peers.missing("PyTorch", sys.executable) == "no_such_module"
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"), [("moss-jt", []), ("llama.cpp", ["llama_cpp", "gguf"]), ("PyTorch", ["torch", "transformers"])]
+)
+def test_the_real_programs(peers, tmp_path, name, needs):
+    for module in needs:
+        pytest.importorskip(module)
+    with peers.started({name: sys.executable}, {**ASK, "folder": str(tmp_path)}) as (program,):
+        assert program.sample("decode") > 0 and program.sample("prefill 30") > 0
+        if name == "moss-jt":
+            assert program.sample("memory") > 1e7
+            assert program.facts["bytes_per_token"] == Shape(SMALL, "int4", "int8").token_bytes
+        assert program.facts["version"] and json.dumps(program.facts)
