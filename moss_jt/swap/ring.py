@@ -73,7 +73,7 @@ class Ring:
         """
         if self._lent is not None:
             raise RuntimeError(f"{self._lent.item} is still lent")
-        if not self._ahead or self._ahead[0].item != item or self._ahead[0].copy is None:
+        if not self._ahead or self._ahead[0].item != item:
             self._aim(item)
         brought = self._lent = self._ahead[0]
         try:

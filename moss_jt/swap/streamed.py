@@ -41,14 +41,14 @@ class Streamed:
 
         sources = _sources(weights, self._head)
         streamed = {item: sources.pop(item) for item in (*self._blocks, *self._ranges)}
-        self._resident = {item: _Memory(source.part.room, {item: source.part}) for item, source in sources.items()}
-        for item, source in sources.items():
-            source.fetch(self._resident[item].bytes)
         slots = [_Memory(plan.slot, {item: source.part for item, source in streamed.items()}) for _ in range(plan.slots)]
         worker = Worker("moss-jt reads weights")
         self.close = weakref.finalize(self, worker.close)  # when called, or when this is no longer used, or at the end
         self._ring = Ring(slots, _Disk(worker, streamed))
         self.expect(head=True)
+        self._resident = {item: _Memory(source.part.room, {item: source.part}) for item, source in sources.items()}
+        for item, source in sources.items():
+            source.fetch(self._resident[item].bytes)
 
     def expect(self, head: bool) -> None:
         """As Resident's. What comes at the beginning of the next sweep is read during the end of this one."""
