@@ -205,7 +205,7 @@ def test_both_readmes_show_the_same_commands():
     def stripped(page: str) -> list[str]:
         return [re.sub(r" *#.*", "", block) for block in blocks(page) + blocks(page, "python")]
 
-    assert stripped("README.md") == stripped("README_zh.md") and len(stripped("README.md")) == 5
+    assert stripped("README.md") == stripped("README_zh.md") and len(stripped("README.md")) >= 5
 
 
 def test_figures_of_the_large_model():
