@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -98,8 +99,14 @@ def numpy() -> Finding:
 
 def jittor() -> Finding:
     fix = f"{sys.executable} -m pip install jittor=={JITTOR}"
-    if not importlib.util.find_spec("jittor"):
+    found = importlib.util.find_spec("jittor")
+    if not found:
         return Finding("Jittor", PROBLEM, "Jittor is not installed", fix)
+    # It pastes both paths into shell commands as they are.
+    for path in (sys.executable, str(found.origin)):
+        if not re.fullmatch(r"[\w/.,:=@%+-]+", path):
+            text = f"Jittor cannot compile where a path has a space or the like: {path}"
+            return Finding("Jittor", PROBLEM, text, "make the virtual environment in another folder")
     try:
         version = importlib.metadata.version("jittor")
     except importlib.metadata.PackageNotFoundError:

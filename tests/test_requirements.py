@@ -52,6 +52,14 @@ def test_with_numpy_2(tmp_path):
     assert line.endswith("-m pip install 'numpy<2'")
 
 
+def test_with_a_space_in_a_path_that_jittor_gives_to_a_shell(tmp_path):
+    (tmp_path / "my packages/jittor").mkdir(parents=True)
+    (tmp_path / "my packages/jittor/__init__.py").touch()
+    line, imported = start(tmp_path, PYTHONPATH=str(tmp_path / "my packages")).stdout.splitlines()
+    assert line.startswith(f"Jittor cannot compile where a path has a space or the like: {tmp_path}/my packages/jittor")
+    assert imported == "[]"
+
+
 def test_with_a_home_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     line, imported = start(tmp_path, HOME=str(tmp_path / "file")).stdout.splitlines()
