@@ -49,7 +49,7 @@ def whole(tensors: Sequence[Tensor]) -> Part:
 
 
 def rows(tensors: Sequence[Tensor], matrix: str, first: int, end: int) -> Part:
-    """Rows ``first`` … ``end`` - 1 of a matrix: of the tensor of that name, or of NAME.q, NAME.scale and NAME.zero."""
+    """Rows ``first`` … ``end`` - 1 of a matrix: of all tensors that belong to it."""
     spans, at = [], 0
     for t in tensors:
         if belongs(t, matrix):
@@ -61,19 +61,24 @@ def rows(tensors: Sequence[Tensor], matrix: str, first: int, end: int) -> Part:
     return Part(tuple(spans))
 
 
-def rows_that_fit(tensors: Sequence[Tensor], matrix: str, room: int, multiple: int) -> int:
-    """How many rows of a matrix, wherever they begin, surely fit ``room`` bytes: a multiple of ``multiple``, or none."""
-    stored = [t for t in tensors if belongs(t, matrix)]
-    row = sum(t.nbytes for t in stored) // stored[0].shape[0]
-    slack = 2 * ALIGN * len(stored)  # a page at either end
-    return max(0, (room - slack) // row // multiple * multiple)
-
-
 def room_for_rows(tensors: Sequence[Tensor], matrix: str, count: int) -> int:
-    """Memory that surely holds ``count`` rows of a matrix, wherever they begin."""
+    """Memory that holds ``count`` rows of a matrix, wherever they begin: whole pages."""
+    row, slack = _row(tensors, matrix)
+    return (row * count + slack) // ALIGN * ALIGN
+
+
+def rows_that_fit(tensors: Sequence[Tensor], matrix: str, room: int) -> int:
+    """How many rows of a matrix fit ``room`` bytes, wherever they begin."""
+    row, slack = _row(tensors, matrix)
+    return max(0, room - slack) // row
+
+
+def _row(tensors: Sequence[Tensor], matrix: str) -> tuple[int, int]:
+    """Bytes of a row, and what whole pages may add at both ends of each tensor's."""
     stored = [t for t in tensors if belongs(t, matrix)]
-    return pages(sum(t.nbytes // t.shape[0] * count for t in stored)) + 2 * ALIGN * len(stored)
+    return sum(t.nbytes // t.shape[0] for t in stored), 2 * ALIGN * len(stored)
 
 
 def belongs(t: Tensor, matrix: str) -> bool:
+    """Whether it is the matrix, or one of what it is stored as in int8 and int4."""
     return t.name == matrix or t.name.startswith(matrix + ".")

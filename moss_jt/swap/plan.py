@@ -40,6 +40,15 @@ class Speeds:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A block, or some rows of lm_head: bytes read from memory and from disk, and numbers multiplied for each token."""
+
+    memory: int
+    disk: int
+    numbers: int
+
+
+@dataclass(frozen=True)
 class Expected:
     """What the plan can give at these speeds, and which of them is the limit: ``disk``, ``memory`` or ``arithmetic``."""
 
@@ -96,31 +105,64 @@ class Plan:
         return sum(self.memory.values())
 
     @cached_property
+    def steps(self) -> list[Step]:
+        """What a sweep with logits does, in order."""
+        c, matrix = self.config, "lm_head.weight"
+        block, head = block_tensors(c, self.dtype), head_tensors(c, self.head_dtype)
+        kept = _bytes(t for t in head if not parts.belongs(t, matrix))
+        numbers = (3 * c.n_embd + c.n_inner) * c.n_embd + c.n_embd * (c.n_embd + c.n_inner)
+        cache = c.cache_bytes_per_token // c.n_layer * self.context // 2  # half full
+        size = _bytes(block)
+        found = [Step(size + cache, size * (where == STREAMED), numbers) for where in self.blocks]
+        for first, end in [(0, self.head_rows), *self.head_ranges()]:
+            part = parts.rows(head, matrix, first, end)
+            read = sum(span.nbytes for span in part.spans)
+            found.append(Step(read + kept, read * (first >= self.head_rows), 0))
+            kept = 0
+        return found
+
+    @property
     def disk_bytes(self) -> int:
         """Read from disk for a sweep with logits."""
-        tensors = head_tensors(self.config, self.head_dtype)
-        streamed = [parts.rows(tensors, "lm_head.weight", a, b) for a, b in self.head_ranges()]
-        head = sum(span.nbytes for part in streamed for span in part.spans)
-        return len(self.streamed_blocks) * _bytes(block_tensors(self.config, self.dtype)) + head
+        return sum(step.disk for step in self.steps)
 
-    @cached_property
+    @property
     def memory_bytes(self) -> int:
         """Read from memory for a token's sweep, with a cache that is half full: all weights, wherever they live."""
-        blocks = self.config.n_layer * _bytes(block_tensors(self.config, self.dtype))
-        cache = self.config.cache_bytes_per_token * self.context // 2
-        return blocks + _bytes(head_tensors(self.config, self.head_dtype)) + cache
+        return sum(step.memory for step in self.steps)
 
     def decode(self, speeds: Speeds) -> Expected:
-        """One token a sweep. Reading ahead overlaps with computing; what comes from disk is written to memory, too."""
-        return _expected(1, disk=self.disk_bytes / speeds.disk, memory=(self.memory_bytes + self.disk_bytes) / speeds.memory)
+        """One token a sweep."""
+        return self._expected(1, speeds)
 
     def prefill(self, speeds: Speeds) -> Expected:
         """A prompt of one chunk."""
-        tokens = min(CHUNK, self.context)
-        c = self.config
-        weights = c.n_layer * ((3 * c.n_embd + c.n_inner) * c.n_embd + c.n_embd * (c.n_embd + c.n_inner))
-        seconds = {"disk": self.disk_bytes / speeds.disk, "memory": (self.memory_bytes + self.disk_bytes) / speeds.memory}
-        return _expected(tokens, arithmetic=2 * weights * tokens / speeds.arithmetic, **seconds)
+        return self._expected(min(CHUNK, self.context), speeds)
+
+    def _expected(self, tokens: int, speeds: Speeds) -> Expected:
+        """What comes from disk is written to memory, too, before it is read there."""
+        memory = [(step.memory + step.disk) / speeds.memory for step in self.steps]
+        arithmetic = [2 * step.numbers * tokens / speeds.arithmetic for step in self.steps]
+        disk = [step.disk / speeds.disk for step in self.steps]
+        seconds = sweep_seconds(list(map(max, memory, arithmetic)), disk, self.slots)
+        return Expected(tokens / seconds, max((sum(disk), "disk"), (sum(memory), "memory"), (sum(arithmetic), "arithmetic"))[1])
+
+
+def sweep_seconds(computing: list[float], reading: list[float], slots: int) -> float:
+    """How long a sweep takes, one after the other, when step i computes for computing[i] seconds and, unless that is 0, needs
+    what reading[i] seconds bring into one of the slots: what the ring does, in virtual time."""
+    now = disk = before = 0.0
+    over = [0.0] * slots  # when each slot's use ends, the one that is refilled next first
+    for _ in range(4):  # the first sweeps find the disk idle
+        before = now
+        for compute, read in zip(computing, reading):
+            if read:
+                disk = max(disk, over.pop(0)) + read
+                now = max(now, disk)
+            now += compute
+            if read:
+                over.append(now)
+    return now - before
 
 
 def make_plan(config: Config, dtype: str, head_dtype: str, context: int, budget: int) -> Plan:
@@ -134,7 +176,8 @@ def make_plan(config: Config, dtype: str, head_dtype: str, context: int, budget:
     if not fitting:
         raise MossError(too_small(config, dtype, head_dtype, context, f"a budget of {in_mib(budget)}"))
     best = min(fitting, key=lambda placed: placed.streamed)
-    blocks = _interleaved(best.blocks, config.n_layer)
+    head = (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block
+    blocks = _spread(config.n_layer - best.blocks, config.n_layer, head)
     return Plan(config, dtype, head_dtype, context, budget, blocks, best.head_rows, best.part_rows, best.slot)
 
 
@@ -166,8 +209,8 @@ class _Sizes:
         return parts.room_for_rows(self._head, "lm_head.weight", count) if count else 0
 
     def rows_in(self, room: int) -> int:
-        """Rows of lm_head that fit."""
-        return self.vocab if self.head <= room else parts.rows_that_fit(self._head, "lm_head.weight", room, ROWS)
+        """Rows of lm_head that fit, all or a multiple of ROWS."""
+        return self.vocab if self.head <= room else parts.rows_that_fit(self._head, "lm_head.weight", room) // ROWS * ROWS
 
 
 @dataclass(frozen=True)
@@ -191,7 +234,7 @@ def _placements(s: _Sizes, room: int) -> Iterator[_Placement]:
     yield _placement(s, room, s.n_layer, few, s.head_rows(few))
     slot = max(s.block, s.head_rows(ROWS))
     blocks = max(0, min(s.n_layer - 1, (room - SLOTS * slot) // s.block))
-    yield _placement(s, room, blocks, s.rows_in(slot), slot)
+    yield _placement(s, room, blocks, max(ROWS, s.rows_in(slot)), slot)
 
 
 def _placement(s: _Sizes, room: int, blocks: int, part_rows: int, slot: int) -> _Placement:
@@ -202,9 +245,12 @@ def _placement(s: _Sizes, room: int, blocks: int, part_rows: int, slot: int) -> 
     return _Placement(blocks, rows, part_rows, slot, left - s.head_rows(rows), streamed)
 
 
-def _interleaved(resident: int, blocks: int) -> tuple[str, ...]:
-    """Spread evenly, so that while a resident block is computed, the disk goes on filling slots."""
-    return tuple(RESIDENT if (i + 1) * resident // blocks > i * resident // blocks else STREAMED for i in range(blocks))
+def _spread(streamed: int, blocks: int, head: float) -> tuple[str, ...]:
+    """Where each block is, with the streamed ones spread evenly over the sweep and lm_head's streamed part, as large as
+    ``head`` blocks, at its end: while resident ones are computed, the disk can fill two slots and no more."""
+    head = min(head, blocks - streamed)
+    chosen = {int((k + (head + 1) / 2) * blocks / (streamed + head)) for k in range(streamed)}
+    return tuple(STREAMED if i in chosen else RESIDENT for i in range(blocks))
 
 
 def too_small(config: Config, dtype: str, head_dtype: str, context: int, what: str) -> str:
@@ -229,8 +275,3 @@ def in_mib(count: int) -> str:
 
 def _bytes(tensors) -> int:
     return sum(t.nbytes for t in tensors)
-
-
-def _expected(tokens: int, **seconds: float) -> Expected:
-    limit = max(seconds, key=seconds.__getitem__)
-    return Expected(tokens / seconds[limit], limit)

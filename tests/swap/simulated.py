@@ -1,4 +1,4 @@
-"""A device in virtual time: one engine that copies, in order, one that computes, and a record of who touched which slot when."""
+"""A device in virtual time: an engine that copies, in order, one that computes, and a record of every access to a slot."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import random
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -57,10 +58,8 @@ def test_no_slot_is_read_early_or_overwritten_in_use(program, slots, waits, rng,
     device = Device(seconds, waits, lambda item: rng.random() < failing)
     ring = Ring([f"slot {i}" for i in range(slots)], device)
     for order, lent, stop in program:
-        try:
+        with suppress(Stopped, CopyFailed):
             run(ring, device, order, lent, stop, seconds)
-        except (Stopped, CopyFailed):
-            pass
         device.now += seconds() * rng.choice([0, 1])
     device.fails = lambda item: False
     for _ in range(2):  # whatever was, and were it copies that failed ahead of use, the second sweep from now works

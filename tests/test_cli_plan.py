@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from moss_jt.cli import main
+from moss_jt.swap import speeds
+from moss_jt.swap.plan import Speeds
+
+from .swap.models import plan, write
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch):
+    """What ``afresh`` was for each measurement."""
+    asked = []
+    monkeypatch.setattr(speeds, "measured", lambda folder, afresh: asked.append(afresh) or Speeds(2e10, 1e9, 1e11))
+    return asked
+
+
+def run(capsys, *args: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as e:
+        main(["plan", *map(str, args)])
+    return e.value.code, *capsys.readouterr()
+
+
+def test_json(capsys, weights, measured):
+    p = plan(weights, 0.4, 300)
+    code, out, err = run(capsys, weights.folder, "--ram", p.budget, "--context", 300, "--json")
+    found = json.loads(out)
+    assert (code, err, measured) == (0, "", [False])
+    assert found["peak"] == sum(found["memory"].values()) <= found["budget"] == p.budget
+    assert found["blocks"] == list(p.blocks) and {"resident", "streamed"} == set(found["blocks"])
+    assert found["bytes_per_token"] == {"disk": p.disk_bytes, "memory": p.memory_bytes}
+    assert found["speeds"] == {"memory": 2e10, "disk": 1e9, "arithmetic": 1e11}
+    assert found["decode"] == {"tokens_s": p.decode(Speeds(2e10, 1e9, 1e11)).tokens_s, "limit": "disk"}
+    assert found["prefill"]["tokens_s"] > found["decode"]["tokens_s"] and found["context"] == 300
+
+
+def test_table(capsys, weights, measured):
+    budget = plan(weights, 0.4, 512).budget
+    code, out, err = run(capsys, weights.folder, "--ram", budget)
+    assert (code, err) == (0, "") and "context 512" in out  # no more than the model was trained for
+    for text in ("resident ■", "streamed □", "KV cache", "2 that streamed weights", "--ram", "GB a token", "the limit is disk"):
+        assert text in out
+    code, out, _ = run(capsys, weights.folder)
+    assert "5 resident" in out and "what can be spared here" in out and "disk" not in out.split("wte")[1].split("\n", 1)[1]
+    assert measured == [False, False]
+
+
+def test_measuring(capsys, weights, measured):
+    _, out, _ = run(capsys, weights.folder, "--no-measure")
+    assert measured == [] and "tokens/s" not in out and "GB a token" in out
+    assert json.loads(run(capsys, weights.folder, "--no-measure", "--json")[1])["decode"] is None
+    run(capsys, weights.folder, "--measure")
+    assert measured == [True]
+
+
+def test_refusals(capsys, weights, tmp_path):
+    code, out, err = run(capsys, weights.folder, "--ram", "1MiB")
+    assert (code, out) == (1, "") and err.count("\n") == 1 and "is the smallest that works" in err
+    for args in ((weights.folder, "--ram", "much"), (weights.folder, "--context", "1"), ()):
+        assert run(capsys, *args)[0] == 2
+    code, _, err = run(capsys, tmp_path / "none")
+    assert code == 1 and err.endswith("no such folder\n") and err.count("\n") == 1
+
+
+def test_jittor_is_not_imported(weights):
+    code = (
+        "import sys\nfrom moss_jt.cli import main\n"
+        f"try: main(['plan', {str(weights.folder)!r}, '--no-measure'])\n"
+        "finally: print([m for m in sys.modules if m.startswith('jittor')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("[]\n")
