@@ -173,13 +173,18 @@ def test_disk_bandwidth_reads_the_large_file_there_is(tmp_path, monkeypatch):
     assert machine.disk_bandwidth(tmp_path) > 0
 
 
-def test_disk_bandwidth_counts_each_block_once(tmp_path, monkeypatch):
-    """Ten blocks of 8 MiB read by two threads, in a time that is given."""
+@pytest.mark.parametrize(("first", "blocks"), [(0.5, [8] * 11), (0.001, [16] * 5)])
+def test_disk_bandwidth_counts_each_block_once(tmp_path, monkeypatch, first, blocks):
+    """88 MiB read by two threads in a time that is given, in whole blocks; the faster the first read, the larger they are."""
     with open(tmp_path / "weights", "wb") as file:
-        file.truncate(80 * MIB)
-    clock = iter([100.0, 100.5])
+        file.truncate(88 * MIB)
+    clock, reads, preadv = iter([90.0, 90.0 + first, 100.0, 100.5]), [], os.preadv
     monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
-    assert machine.disk_bandwidth(tmp_path) == 80 * MIB / 0.5
+    monkeypatch.setattr(
+        os, "preadv", lambda file, buffers, at: reads.append((at, len(buffers[0]))) or preadv(file, buffers, at)
+    )
+    assert machine.disk_bandwidth(tmp_path) == sum(blocks) * MIB / 0.5
+    assert sorted(reads[1:]) == [(i * n * MIB, n * MIB) for i, n in enumerate(blocks)]
 
 
 def test_disk_bandwidth_without_o_direct(tmp_path, small_sample, monkeypatch):

@@ -16,6 +16,7 @@ import pytest
 import moss_jt
 from moss_jt import bench, machine
 from moss_jt.bench import Shape, decode, limits, load, page_cache, prefill, random_checkpoint, random_model, swap
+from moss_jt.bench.pairs import Limit
 from moss_jt.cli import main
 from moss_jt.cli.bench_table import draw
 from moss_jt.config import Config
@@ -135,7 +136,7 @@ def test_prefill_starts_from_nothing(model):
 
 
 def test_load(as_json, model, monkeypatch):
-    monkeypatch.setattr(limits.machine, "disk_bandwidth", lambda folder: 2e9)
+    monkeypatch.setattr(limits, "disk_read", lambda folder: Limit("disk", "GB_s", lambda: 2e9))
     came = iter([0, SHAPE.token_bytes])
     monkeypatch.setattr(page_cache, "disk_bytes", lambda: next(came))
     found = as_json("load", "-m", model, "--repeat", 2)
@@ -163,7 +164,7 @@ def test_cold_files_come_from_the_disk(model):
 
 
 def test_swap(as_json, model, monkeypatch):
-    monkeypatch.setattr(limits.machine, "disk_bandwidth", lambda folder: 2e9)
+    monkeypatch.setattr(limits, "disk_read", lambda folder: Limit("disk", "GB_s", lambda: 2e9))
     monkeypatch.setattr(page_cache, "in_memory", lambda folder: False)
     budget = smallest(SMALL, "int4", "int8", 32)
     found = as_json("swap", "-m", model, "--ram", budget, "--context", 32, "--batch", 2, "--repeat", 2)
