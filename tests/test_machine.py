@@ -173,7 +173,7 @@ def test_disk_bandwidth_reads_the_large_file_there_is(tmp_path, monkeypatch):
     assert machine.disk_bandwidth(tmp_path) > 0
 
 
-@pytest.mark.parametrize(("first", "blocks"), [(0.5, [8] * 11), (0.001, [16] * 5)])
+@pytest.mark.parametrize(("first", "blocks"), [(8.0, [8] * 11), (2.0, [16] * 5), (0.001, [40] * 2)])
 def test_disk_bandwidth_counts_each_block_once(tmp_path, monkeypatch, first, blocks):
     """88 MiB read by two threads in a time that is given, in whole blocks; the faster the first read, the larger they are."""
     with open(tmp_path / "weights", "wb") as file:
