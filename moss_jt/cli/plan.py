@@ -122,4 +122,5 @@ def _moved(plan: Plan, speeds: Speeds | None) -> Table:
 
 
 def _expected(expected: Expected) -> str:
-    return f"{expected.tokens_s:.3g} tokens/s; the limit is {expected.limit}"
+    speed = f"{expected.tokens_s:.3g}" if expected.tokens_s < 100 else f"{expected.tokens_s:,.0f}"
+    return f"{speed} tokens/s; the limit is {expected.limit}"

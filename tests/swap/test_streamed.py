@@ -19,7 +19,7 @@ import moss_jt
 from moss_jt import MossError
 from moss_jt.model import Model
 from moss_jt.swap import Resident, Streamed, lender, reader
-from moss_jt.weights.layout import block_file
+from moss_jt.weights.layout import HEAD_FILE, block_file
 from tests.checkpoints import random_state, small_config, write_official
 from tests.conftest import ROOT
 from tests.tokenizer_folders import official_folder
@@ -106,6 +106,10 @@ def test_each_streamed_part_is_read_once_a_sweep(weights, monkeypatch):
     sweep = len(streamed.streamed_blocks) + len(streamed.head_ranges())
     assert len(read) - start == pytest.approx(10 * sweep, abs=2)
     assert len(set(read[start : start + sweep])) == sweep
+    monkeypatch.setattr("moss_jt.model.CHUNK", 8)
+    start = len(read)
+    model.logits(IDS[::-1])  # five chunks, and the head once
+    assert sum(name == HEAD_FILE for name, _ in read[start:]) == len(streamed.head_ranges())
 
 
 def test_prompts_of_several_chunks_and_several_sequences(weights, expected, monkeypatch):
