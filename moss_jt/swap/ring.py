@@ -106,8 +106,9 @@ class Ring:
 
     def _fill(self, item: Hashable) -> None:
         """Start to bring the item, and what follows it, into the free slots."""
+        taken = {id(brought.slot) for brought in self._ahead}
         for slot in self._slots:
-            if all(brought.slot is not slot for brought in self._ahead):
+            if id(slot) not in taken:
                 brought = _Brought(item, slot)
                 self._ahead.append(brought)  # before the copy starts: whatever interrupts, its slot is not taken for free
                 brought.copy = self._carrier.start(slot, item)
