@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is slow, not wrong.
+settings.register_profile("moss-jt", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("moss-jt")
+# A shell that starts the tests in the background has Ctrl-C ignored, in them and in every program that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 # Reference data too large for the repository: golden outputs of the official code and trained small checkpoints.
