@@ -155,12 +155,25 @@ def _process_kept() -> Iterator[None]:
         libc.sigaction(number, None, handler)
     https, depth = ssl._create_default_https_context, sys.getrecursionlimit()
     try:
-        yield
+        with float_environment_kept():
+            yield
     finally:
         for number, handler in handlers.items():
             libc.sigaction(number, handler, None)
         ssl._create_default_https_context = https
         sys.setrecursionlimit(depth)
+
+
+@contextmanager
+def float_environment_kept() -> Iterator[None]:
+    """Around loading what was compiled with -Ofast, as Jittor and its ops are: that makes the thread, and so all of the
+    user's own arithmetic in it, flush subnormal numbers to zero."""
+    libm, environment = ctypes.CDLL("libm.so.6"), ctypes.create_string_buffer(64)  # an fenv_t has 32 bytes
+    libm.fegetenv(environment)
+    try:
+        yield
+    finally:
+        libm.fesetenv(environment)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..runtime import compiling, jittor
+from ..runtime import compiling, float_environment_kept, jittor
 from .attention import attention, rotary_angles
 from .kernel import header
 from .layer_norm import layer_norm
@@ -20,7 +20,7 @@ def prepare(bits: int, head_bits: int) -> None:
     sources = [header(name) for name in ("layer_norm.h", "linear.h", "attention.h")]
     # Lazily, so that Jittor sees all ops at once and compiles them side by side.
     lazily = jt.flag_scope(lazy_execution=1, use_parallel_op_compiler=8, no_grad=1)
-    with compiling(*sources, f"{bits} {head_bits}"), lazily:
+    with float_environment_kept(), compiling(*sources, f"{bits} {head_bits}"), lazily:
         d, inner, heads = 8, 8, 4
         x, cache = _zeros(1, d), [_zeros(1, heads, 1, d // heads, dtype="float16") for _ in range(2)]
         y = linear_in(layer_norm(x, _zeros(d), _zeros(d), 1e-5), _weight(bits, 3 * d + inner, d), _zeros(inner))

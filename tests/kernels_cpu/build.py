@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moss_jt.runtime import float_environment_kept
+
 KERNELS = Path(__file__).resolve().parents[2] / "kernels_cpu"
 
 # Jittor's own flags for an operator, so that what is tested is what runs: -Ofast reorders sums and assumes finite numbers.
@@ -74,7 +76,8 @@ def build(isa: str, folder: Path) -> Kernels:
     source.write_text(SOURCE)
     compiler = os.environ.get("CXX", "g++")
     subprocess.run([compiler, *FLAGS, *ISAS[isa], f"-I{KERNELS}", str(source), "-o", str(library)], check=True)
-    return Kernels(ctypes.CDLL(str(library)))
+    with float_environment_kept():
+        return Kernels(ctypes.CDLL(str(library)))
 
 
 class Kernels:
