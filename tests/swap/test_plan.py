@@ -25,6 +25,10 @@ MOON = Config(34, 6144, 24, 24576, 64, 2048, 107008)
 SPEEDS = Speeds(memory=30e9, disk=2e9, arithmetic=100e9)
 
 
+# Compiled with -Ofast, Jittor makes this thread's processor flush subnormals, which hypothesis would rather complain about.
+shares = st.floats(0, 1.2, allow_subnormal=False)
+
+
 @st.composite
 def models(draw) -> tuple[Config, str, str, int]:
     """(config, dtype, head_dtype, context): blocks from far smaller to far larger than lm_head."""
@@ -63,7 +67,7 @@ def check(plan: Plan) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(models(), st.floats(0, 1.2))
+@given(models(), shares)
 def test_plans_keep_their_budget_and_use_it(model, share):
     least, most = smallest(*model), make_plan(*model, 1 << 50).peak
     budget = least + int(share * (most - least))
@@ -77,7 +81,7 @@ def test_plans_keep_their_budget_and_use_it(model, share):
 
 
 @settings(max_examples=100, deadline=None)
-@given(models(), st.lists(st.floats(0, 1.1), min_size=2, max_size=20))
+@given(models(), st.lists(shares, min_size=2, max_size=20))
 def test_a_larger_budget_reads_no_more_from_disk(model, shares):
     least, most = smallest(*model), make_plan(*model, 1 << 50).peak
     moved = [make_plan(*model, least + int(share * (most - least))).disk_bytes for share in sorted(shares)]

@@ -19,7 +19,6 @@ from moss_jt.swap.ring import Ring
 from .simulated import CopyFailed, Device
 
 ITEMS = list(range(6))
-times = st.floats(0.01, 10)
 
 
 class Stopped(Exception):
