@@ -13,7 +13,7 @@ from .. import machine
 from ..errors import MossError
 from ..machine import GIB, MIB
 from ..ops.kernel import header
-from ..runtime import jittor
+from ..runtime import compiling, float_environment_kept, jittor
 from .pairs import Limit, rate
 
 # Work is handed out in pieces as threads come for them: one that is slowed down must not pass for the machine's limit.
@@ -100,9 +100,9 @@ def disk_read(folder: Path) -> Limit:
 
 
 def _call(call: str, inputs: list) -> np.ndarray:
-    jt = jittor()
-    with jt.flag_scope(lazy_execution=0, no_grad=1):
-        return jt.code((2,), "float32", inputs, cpu_header=header("simd.h") + _SOURCE, cpu_src=call).numpy()
+    jt, source = jittor(), header("simd.h") + _SOURCE
+    with float_environment_kept(), compiling(source, call), jt.flag_scope(lazy_execution=0, no_grad=1):
+        return jt.code((2,), "float32", inputs, cpu_header=source, cpu_src=call).numpy()
 
 
 def _threads(count: int) -> str:

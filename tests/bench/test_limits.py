@@ -29,6 +29,11 @@ def test_every_operation_is_done():
     assert lanes % (3 * 12) == 0 and lanes / 36 in (8, 16) and operations == 2 * lanes * (1 << 16)
 
 
+def test_subnormals_stay_what_they_are():
+    limits._call("out_p[0] = 1;", [])
+    assert np.float32(1e-40) / np.float32(2) > 0
+
+
 def test_memory(monkeypatch):
     monkeypatch.setattr(limits, "_SECONDS", 0)
     monkeypatch.setattr(limits, "GIB", 9 * MIB)  # a whole number of pieces is read
