@@ -196,7 +196,7 @@ def compiling(*sources: str) -> Iterator[None]:
         if "Run cmd failed" not in str(e):
             raise
         raise MossError(f"a kernel cannot be compiled: {first_compile.reason(log)} (all of it: {log})") from None
-    log.unlink()
+    log.unlink(missing_ok=True)  # another process may have compiled the same at the same time
     stamp.touch()
     _say(f"kernels are compiled ({time.monotonic() - start:.0f} s)")
 
