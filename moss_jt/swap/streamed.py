@@ -33,7 +33,7 @@ class Streamed:
     def __init__(self, weights: Weights, plan: Plan):
         """Reads what is resident. Raises MossError where a file cannot be read."""
         self._blocks, self._ranges = plan.streamed_blocks, plan.head_ranges()
-        self._head = [(0, plan.head_rows)] * (plan.head_rows > 0) + self._ranges
+        self._head = [(0, plan.head_rows), *self._ranges] if plan.head_rows else self._ranges
         self._rows = Rows(weights.regions[WTE_FILE])
         self._small = {name: np.array(a) for name, a in weights.head().items() if not name.startswith("lm_head.weight")}
         self.final_norm = as_vars({name: a for name, a in self._small.items() if name.startswith("ln_f.")})
@@ -78,9 +78,9 @@ class Streamed:
 class _Memory:
     """Memory of ``nbytes`` for any one of some parts, and each one's Vars over it, for when it is there."""
 
-    def __init__(self, nbytes: int, parts: dict[Hashable, Part]):
+    def __init__(self, nbytes: int, those: dict[Hashable, Part]):
         self.bytes = allocate(nbytes)
-        self.vars = {item: as_vars(self._arrays(part)) for item, part in parts.items()}
+        self.vars = {item: as_vars(self._arrays(part)) for item, part in those.items()}
 
     def _arrays(self, part: Part) -> dict[str, np.ndarray]:
         found, at = {}, 0
