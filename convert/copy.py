@@ -13,7 +13,8 @@ import numpy as np
 from ..machine import cores
 from ..weights.layout import Tensor
 from .mapping import Band
-from .quantise import Quantised, quantise
+from .panels import Quantised, in_panels
+from .quantise import quantise
 from .view import cast, cast_to_quantise
 
 CHUNK = 2 << 20  # bytes read at a time: what a cache holds is read, cast and written fastest
@@ -30,10 +31,16 @@ def write_tensor(file: BinaryIO, target: Tensor, bands: list[Band], advance: Adv
         _append(file, parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1), advance)
 
 
-def write_quantised(file: BinaryIO, bits: int, bands: list[Band], advance: Advance) -> None:
-    """Append a matrix in 8 or 4 bits: all of its q, then its scale, then its zero. Raises as ``write_tensor`` does."""
+def write_quantised(file: BinaryIO, bits: int, group: int, bands: list[Band], advance: Advance) -> None:
+    """Append a matrix rounded to 8 or 4 bits, ``group`` inputs sharing a scale. Raises as ``write_tensor`` does."""
+    rows = (rows for band in bands for rows in _chunks(band))
+    write_panels(file, in_panels(_in_order(partial(_quantised, bits, group), rows), bits), advance)
+
+
+def write_panels(file: BinaryIO, panels: Iterable[Quantised], advance: Advance) -> None:
+    """Append all of a matrix's q, then its scale, then its zero."""
     small = []
-    for q, *scale_and_zero in _in_order(partial(_quantised, bits), (rows for band in bands for rows in _chunks(band))):
+    for q, *scale_and_zero in panels:
         _append(file, q, advance)
         small.append(scale_and_zero)
     for parts in zip(*small):
@@ -45,13 +52,13 @@ def _append(file: BinaryIO, data: np.ndarray, advance: Advance) -> None:
     advance(data.nbytes)
 
 
-def _quantised(bits: int, rows: Band) -> Quantised:
+def _quantised(bits: int, group: int, rows: Band) -> Quantised:
     parts = [(view.read(), view) for view in rows.views]
     step = max(1, _BLOCK // sum(view.shape[1] for view in rows.views))
     blocks = []
     for i in range(0, rows.views[0].shape[0], step):
         w = np.concatenate([cast_to_quantise(x[i : i + step], view) for x, view in parts], axis=1)
-        blocks.append(quantise(w, bits))
+        blocks.append(quantise(w, bits, group))
     return Quantised(*map(np.concatenate, zip(*blocks)))
 
 

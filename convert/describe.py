@@ -37,18 +37,18 @@ def describe(folder: Path) -> dict:
 
 def _converted(folder: Path, config: Config) -> dict:
     """Of a folder that cannot be opened, only its files: what they should hold is not certain."""
-    dtype, head_dtype, held, wrong = None, None, {}, []
+    coding, held, wrong = {"dtype": None}, {}, []
     try:
         weights = open_weights(folder)
-        dtype, head_dtype = weights.dtype, weights.head_dtype
+        coding = weights.coding.to_dict()
         held = {name: [asdict(t) for t in region.tensors] for name, region in weights.regions.items()}
     except MossError as e:
         wrong = [str(e)]
     files = [_file(folder / name, held.get(name)) for name in files_of(config)]
     return {
         "format": FORMAT,
-        "dtype": dtype,
-        "head_dtype": head_dtype,
+        "head_dtype": coding["dtype"],
+        **coding,
         "bytes": sum(f["bytes"] for f in files),
         "files": files,
         "problems": wrong,

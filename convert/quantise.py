@@ -1,15 +1,14 @@
 """Round to nearest: each group of 128 weights of a row becomes whole numbers, a scale and a zero.
 
-``w ~ (q - zero) * scale``; docs/formats.md has the rule and how the numbers are packed.
+``w ~ (q - zero) * scale``; docs/formats.md has the rule.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from ..weights.layout import GROUP
+from .panels import Quantised
 
 # Narrower ranges than a group's own that are tried: what lies outside is clipped, and all else gets finer steps. Whichever has
 # the least squared error is taken. In 4 bits that is 5 % less error, of the weights and of the logits; finer or further
@@ -18,26 +17,18 @@ _NARROWED = {8: (), 4: (0.95, 0.9, 0.85, 0.8)}
 _SMALLEST = np.float32(2.0**-24)  # fp16's smallest number; a group of zeros has this scale too
 
 
-class Quantised(NamedTuple):
-    """A matrix of N x K weights as it is stored, G groups a row: q uint8 (N, G·16·bits), scale float16, zero uint8 (N, G)."""
-
-    q: np.ndarray
-    scale: np.ndarray
-    zero: np.ndarray
-
-
-def quantise(w: np.ndarray, bits: int) -> Quantised:
-    """w float32 (N, K), none beyond fp16's largest; bits 8 or 4."""
-    x = _groups(w)
+def quantise(w: np.ndarray, bits: int, group: int = GROUP) -> Quantised:
+    """w float32 (N, K), none beyond fp16's largest; bits 8 or 4. Inputs that the last group lacks become exact zeros."""
+    x = _groups(w, group)
     scale, zero = _best_grid(x, bits)
     q = (_steps(x / scale, zero, bits) + zero).astype(np.uint8)
-    return Quantised(pack(q, bits).reshape(len(w), -1), scale[..., 0].astype(np.float16), zero[..., 0].astype(np.uint8))
+    return Quantised(q, scale[..., 0].astype(np.float16), zero[..., 0].astype(np.uint8))
 
 
-def _groups(w: np.ndarray) -> np.ndarray:
-    """(N, K) -> (N, G, 128); the last group's missing inputs are zeros, and come out as exact zeros again."""
-    padded = np.pad(w, ((0, 0), (0, -w.shape[1] % GROUP))) if w.shape[1] % GROUP else w
-    return padded.reshape(len(w), -1, GROUP)
+def _groups(w: np.ndarray, group: int) -> np.ndarray:
+    """(N, K) -> (N, G, S)."""
+    padded = np.pad(w, ((0, 0), (0, -w.shape[1] % group))) if w.shape[1] % group else w
+    return padded.reshape(len(w), -1, group)
 
 
 def _best_grid(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -76,10 +67,3 @@ def _error(x: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.
     y = x / scale
     y -= _steps(y, zero, bits)
     return np.einsum("ngk,ngk->ng", y, y)[..., None] * scale**2
-
-
-def pack(q: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 (N, G, 128), each below 2^bits -> (N, G, 16·bits) bytes."""
-    if bits == 8:
-        return q
-    return q[..., : GROUP // 2] | q[..., GROUP // 2 :] << 4

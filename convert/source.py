@@ -41,8 +41,8 @@ def open_source(folder: Path) -> Source:
 
 def _ours(folder: Path) -> Source:
     weights = open_weights(folder)
-    if quantised := {weights.dtype, weights.head_dtype} - {"fp16"}:
-        raise MossError(f"{folder}: already in {min(quantised)}; convert the official checkpoint, or one of ours in fp16")
+    if not weights.coding.is_fp16:
+        raise MossError(f"{folder}: already in {weights.coding}; convert the official checkpoint, or one of ours in fp16")
     views = {name: of_region(region) for name, region in weights.regions.items()}
     files = tuple(region.path for region in weights.regions.values())
     return Source(weights.config, False, files, lambda file, tensor: [Band((views[file][tensor],))])

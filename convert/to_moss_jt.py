@@ -10,7 +10,7 @@ from ..errors import MossError
 from ..tokenizer import write_tokenizer
 from ..tokenizer.files import COPIED as TOKENIZER_FILES
 from ..weights.header import header_bytes
-from ..weights.layout import BITS, FORMAT, HEAD_FILE, METADATA, files_of
+from ..weights.layout import BITS, FORMAT, GROUP, HEAD_FILE, METADATA, Coding, files_of
 from .copy import Advance, write_quantised, write_tensor
 from .job import Job, source_record, whole_file
 from .source import Source, open_source
@@ -21,37 +21,34 @@ _COPIED = ("generation_config.json",)
 
 def plan(src: Path, dst: Path, dtype: str, head_dtype: str | None) -> Job:
     """Open and check the source. Raises MossError for the first thing that is wrong with it, or for the destination."""
-    head_dtype = head_dtype or ("fp16" if dtype == "fp16" else "int8")
-    for given in (dtype, head_dtype):
-        if given not in BITS:
-            raise MossError(f"dtype {given!r} is unknown; choose one of {', '.join(BITS)}")
+    coding = Coding(dtype, head_dtype or ("fp16" if dtype == "fp16" else "int8"))
     check_apart(src, dst)
     source = open_source(src)
-    if not source.official and {dtype, head_dtype} == {"fp16"}:
+    if not source.official and coding.is_fp16:
         raise MossError(f"{src}: already converted; it can be used as it is")
-    key = {"format": FORMAT, "dtype": dtype, **({} if head_dtype == dtype else {"head_dtype": head_dtype})}
-    files = files_of(source.config, dtype, head_dtype)
+    key = {"format": FORMAT, **coding.to_dict()}
+    files = files_of(source.config, coding)
     sizes = {name: len(header_bytes(ts, METADATA)) + sum(t.nbytes for t in ts) for name, ts in files.items()}
     small = [src / name for name in ("config.json", *_COPIED, *TOKENIZER_FILES) if (src / name).is_file()]
     record = {**key, "source": source_record([*small, *source.files])}
-    return Job(dst, record, sizes, lambda folder: _write_small_files(src, folder, key), _writer(source, dtype, head_dtype))
+    return Job(dst, record, sizes, lambda folder: _write_small_files(src, folder, key), _writer(source, coding))
 
 
-def _writer(source: Source, dtype: str, head_dtype: str) -> Callable[[BinaryIO, str, Advance], None]:
+def _writer(source: Source, coding: Coding) -> Callable[[BinaryIO, str, Advance], None]:
     """What writes one of our weights files, for a Job."""
-    plain, stored = files_of(source.config), files_of(source.config, dtype, head_dtype)
+    plain, stored = files_of(source.config), files_of(source.config, coding)
 
     def write(file: BinaryIO, name: str, advance: Advance) -> None:
         header = header_bytes(stored[name], METADATA)
         file.write(header)
         advance(len(header))
-        bits = BITS[head_dtype if name == HEAD_FILE else dtype]
+        dtype, group = (coding.head_dtype, GROUP) if name == HEAD_FILE else (coding.dtype, coding.group)
         for tensor in plain[name]:
             bands = source.bands(name, tensor.name)
             if tensor in stored[name]:
                 write_tensor(file, tensor, bands, advance)
             else:
-                write_quantised(file, bits, bands, advance)
+                write_quantised(file, BITS[dtype], group, bands, advance)
 
     return write
 

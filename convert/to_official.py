@@ -31,8 +31,8 @@ def plan(src: Path, out: Path, format: str, shard_size: int) -> Job:
         raise MossError(f"a shard of {shard_size} bytes cannot hold anything")
     check_apart(src, out)
     weights = open_weights(src)
-    if quantised := {weights.dtype, weights.head_dtype} - {"fp16"}:
-        raise MossError(f"{src}: is in {min(quantised)}, and only fp16 is exported; give a folder converted with --dtype fp16")
+    if not weights.coding.is_fp16:
+        raise MossError(f"{src}: is in {weights.coding}, and only fp16 is exported; give a folder converted with --dtype fp16")
     shards = _shards([Tensor(n, "F16", s) for n, s in official_shapes(weights.config).items()], format, shard_size)
     bands = _bands(weights)
 

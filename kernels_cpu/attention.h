@@ -7,12 +7,11 @@
 // Each Sequence says which rows of y are its new tokens; those are written into the cache after the ones it has.
 // Decode moves the cache once: 4 D (start + 1) bytes. Scores, softmax and sums are fp32.
 //
-// One token's scores come straight from the halves.
-//
-// Work is split over sequences, heads and tiles of QUERIES tokens. Keys pass in tiles of KEYS, converted to fp32 once for all
-// queries of the tile; the softmax runs along (its maximum and sum are corrected as larger scores appear).
+// Work is split over sequences, heads and parts of TILES x QUERIES tokens. QUERIES tokens are the lanes of two vectors: so the
+// softmax needs no sum across lanes. Keys and values pass in tiles of KEYS, converted to fp32 once for all of a part's queries; the softmax runs along
+// (its maximum and sum are corrected as larger scores appear). One or two tokens are read straight from the halves instead.
 #pragma once
-#include "tile.h"
+#include "inputs.h"
 
 namespace moss {
 
@@ -25,6 +24,12 @@ struct Sequence {
     int32_t slot, start, first, count;  // of the cache's B; tokens it has; rows [first, first + count) of y are new
 };
 
+inline void narrow(const float* from, f16* to, int64_t n) {
+    int64_t i = 0;
+    for (; i + VEC <= n; i += VEC) store_f16(to + i, load(from + i));
+    for (; i < n; i++) to[i] = to_f16(from[i]);
+}
+
 // Rotary: pairs (0,1), (2,3) ... of the first `rotary` entries of a head turn by the position's angles.
 // Key and value of the token in row `row` of y, at position `at` of its cache.
 inline void append(const float* y, int64_t Y, const float* angles, f16* keys, f16* values, Heads h, int64_t row, int64_t at) {
@@ -36,17 +41,8 @@ inline void append(const float* y, int64_t Y, const float* angles, f16* keys, f1
             to_k[2 * i] = to_f16(k[2 * i] * cos[i] - k[2 * i + 1] * sin[i]);
             to_k[2 * i + 1] = to_f16(k[2 * i + 1] * cos[i] + k[2 * i] * sin[i]);
         }
-        for (int64_t i = h.rotary; i < h.S; i++) to_k[i] = to_f16(k[i]);
-        for (int64_t i = 0; i < h.S; i++) to_v[i] = to_f16(v[i]);
-    }
-}
-
-// fp16 rows of S entries -> fp32 rows of P = S rounded up to vectors, filled with zeros.
-inline void widen(const f16* from, float* to, int64_t rows, int64_t S, int64_t P) {
-    for (int64_t r = 0; r < rows; r++, from += S, to += P) {
-        int64_t i = 0;
-        for (; i + VEC <= S; i += VEC) store(to + i, load_f16(from + i));
-        if (i < S) store(to + i, load_f16_n(from + i, (int)(S - i)));
+        narrow(k + h.rotary, to_k + h.rotary, h.S - h.rotary);
+        narrow(v, to_v, h.S);
     }
 }
 
@@ -61,114 +57,247 @@ inline void query(const float* from, const float* angles, Heads h, int64_t at, f
     std::fill(to + h.S, to + P, 0.f);
 }
 
-const int64_t QUERIES = 24, KEYS = 32;  // a tile of keys and one of values in fp32, 64 KiB at S = 256, stay in L2
+// ---- one token --------------------------------------------------------------------------------------------------------------
 
-// What a thread needs to work on one tile of queries.
-struct Tile {
-    float *q, *acc, *k32, *v32, *scores, best[QUERIES], total[QUERIES];
-    static int64_t floats(int64_t P) { return 2 * (QUERIES + KEYS) * P + QUERIES * KEYS; }
-    Tile(float* memory, int64_t P)
-        : q(memory), acc(q + QUERIES * P), k32(acc + QUERIES * P), v32(k32 + KEYS * P), scores(v32 + KEYS * P) {}
+const int64_t KEYS = 64;  // of a tile
+
+// The running softmax of one query: weights relative to the largest score so far; what was summed before shrinks to match.
+struct Softmax {
+    float best = -1e30f, total = 0;
+
+    // n scores -> weights, in place; acc (P floats) shrinks where a larger score has come.
+    void add(float* p, int64_t n, float* acc, int64_t P) {
+        const float top = *std::max_element(p, p + n);
+        if (top > best) {
+            const float shrink = std::exp(best - top);
+            best = top, total *= shrink;
+            map(acc, P, [=](vec v, int64_t, int) { return mul(v, all(shrink)); });
+        }
+        const float most = best;
+        map(p, n, [=](vec v, int64_t, int) { return exp(sub(v, all(most))); });
+        for (int64_t j = 0; j < n; j++) total += p[j];
+    }
 };
 
-// Scores of a tile of keys -> weights in place, relative to the largest score so far; what was summed before shrinks to match.
-inline void soften(Tile& tile, int64_t i, int64_t seen, int64_t P) {
-    float *p = tile.scores + i * KEYS, top = *std::max_element(p, p + seen);
-    if (top > tile.best[i]) {
-        float shrink = std::exp(tile.best[i] - top);
-        tile.best[i] = top, tile.total[i] *= shrink;
-        map(tile.acc + i * P, P, [=](vec v, int64_t, int) { return mul(v, all(shrink)); });
-    }
-    float most = tile.best[i], s = 0;
-    map(p, seen, [=](vec v, int64_t, int) { return exp(sub(v, all(most))); });
-    for (int64_t j = 0; j < seen; j++) s += p[j];
-    tile.total[i] += s;
-}
-
-inline vec get(const float* p) { return load(p); }
-inline vec get(const f16* p) { return load_f16(p); }
-
-// acc += sum over n rows of p[j] v[j], rows of P entries; four at a time, so that acc is not the limit.
-template <class E>
-inline void gather(const float* p, const E* v, int64_t n, float* acc, int64_t P) {
+// Scores of n keys, rows of S halves; four at a time share what is loaded of the query, which has zeros from S on.
+inline void score_one(const float* q, const f16* keys, int64_t n, int64_t S, float* scores) {
     int64_t j = 0;
-    for (; j + 4 <= n; j += 4, v += 4 * P) {
-        vec p0 = all(p[j]), p1 = all(p[j + 1]), p2 = all(p[j + 2]), p3 = all(p[j + 3]);
-        for (int64_t d = 0; d < P; d += VEC) {
-            vec a = fma(p0, get(v + d), load(acc + d)), b = mul(p1, get(v + P + d));
-            a = fma(p2, get(v + 2 * P + d), a), b = fma(p3, get(v + 3 * P + d), b);
-            store(acc + d, add(a, b));
-        }
-    }
-    for (; j < n; j++, v += P)
-        for (int64_t d = 0; d < P; d += VEC) store(acc + d, fma(all(p[j]), get(v + d), load(acc + d)));
-}
-
-// Scores of one query, straight from halves; four keys at a time share what is loaded of it.
-inline void score_one(const float* q, const f16* keys, int64_t n, int64_t P, float* scores) {
-    int64_t j = 0;
-    for (; j + 4 <= n; j += 4) {
+    for (; S % VEC == 0 && j + 4 <= n; j += 4) {
         vec s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
-        for (int64_t d = 0; d < P; d += VEC) {
-            const f16* k = keys + j * P + d;
+        for (int64_t d = 0; d < S; d += VEC) {
+            const f16* k = keys + j * S + d;
             vec x = in_register(load(q + d));
-            s0 = fma(load_f16(k), x, s0), s1 = fma(load_f16(k + P), x, s1);
-            s2 = fma(load_f16(k + 2 * P), x, s2), s3 = fma(load_f16(k + 3 * P), x, s3);
+            s0 = fma(load_f16(k), x, s0), s1 = fma(load_f16(k + S), x, s1);
+            s2 = fma(load_f16(k + 2 * S), x, s2), s3 = fma(load_f16(k + 3 * S), x, s3);
         }
         scores[j] = sum(s0), scores[j + 1] = sum(s1), scores[j + 2] = sum(s2), scores[j + 3] = sum(s3);
     }
     for (; j < n; j++) {
         vec s = zero();
-        for (int64_t d = 0; d < P; d += VEC) s = fma(load_f16(keys + j * P + d), load(q + d), s);
+        for (int64_t d = 0; d < S; d += VEC)
+            s = fma(load_f16_n(keys + j * S + d, (int)std::min<int64_t>(VEC, S - d)), load(q + d), s);
         scores[j] = sum(s);
     }
 }
 
-// Attention of one head for `count` tokens in rows row ... of y and out, at positions at ... of their cache.
-inline void attend(const float* y, int64_t Y, const float* angles, const f16* keys, const f16* values, float* out, Heads h,
-                   int64_t head, int64_t row, int64_t at, int64_t count, float* memory) {
-    const int64_t P = round_up(h.S, VEC);
-    Tile tile(memory, P);
-    std::fill_n(tile.acc, count * P, 0.f);
-    std::fill_n(tile.best, count, -1e30f);
-    std::fill_n(tile.total, count, 0.f);
-    for (int64_t i = 0; i < count; i++) query(y + (row + i) * Y + head * h.S, angles, h, at + i, tile.q + i * P, P);
-    const f16 *ks = keys + head * h.C * h.S, *vs = values + head * h.C * h.S;
-    for (int64_t k0 = 0; k0 < at + count; k0 += KEYS) {
-        int64_t n = std::min(KEYS, at + count - k0);
-        if (count == 1 && P == h.S) {  // nothing to share: the cache's bytes are the limit
-            score_one(tile.q, ks + k0 * P, n, P, tile.scores);
-            soften(tile, 0, n, P);
-            gather(tile.scores, vs + k0 * P, n, tile.acc, P);
-            continue;
-        }
-        widen(ks + k0 * h.S, tile.k32, n, h.S, P);
-        widen(vs + k0 * h.S, tile.v32, n, h.S, P);
-        std::fill_n(tile.scores, count * KEYS, 0.f);
-        tile_all<Float32>(tile.k32, n, P, tile.q, P, count, tile.scores, KEYS);
-        for (int64_t i = 0; i < count; i++) {
-            int64_t seen = std::min(n, at + i + 1 - k0);  // keys of this tile not after the query
-            if (seen <= 0) continue;
-            soften(tile, i, seen, P);
-            gather(tile.scores + i * KEYS, tile.v32, seen, tile.acc + i * P, P);
+// acc += sum over n rows of p[j] v[j], rows of S halves; four at a time, so that acc is not the limit.
+inline void gather(const float* p, const f16* v, int64_t n, float* acc, int64_t S) {
+    int64_t j = 0;
+    for (; S % VEC == 0 && j + 4 <= n; j += 4, v += 4 * S) {
+        vec p0 = all(p[j]), p1 = all(p[j + 1]), p2 = all(p[j + 2]), p3 = all(p[j + 3]);
+        for (int64_t d = 0; d < S; d += VEC) {
+            vec a = fma(p0, load_f16(v + d), load(acc + d)), b = mul(p1, load_f16(v + S + d));
+            a = fma(p2, load_f16(v + 2 * S + d), a), b = fma(p3, load_f16(v + 3 * S + d), b);
+            store(acc + d, add(a, b));
         }
     }
-    for (int64_t i = 0; i < count; i++) {
-        float *to = out + (row + i) * h.D() + head * h.S, whole = 1 / tile.total[i];
-        for (int64_t d = 0; d < h.S; d++) to[d] = tile.acc[i * P + d] * whole;
+    for (; j < n; j++, v += S)
+        for (int64_t d = 0; d < S; d += VEC) {
+            const int count = (int)std::min<int64_t>(VEC, S - d);
+            store(acc + d, fma(all(p[j]), load_f16_n(v + d, count), load(acc + d)));
+        }
+}
+
+// One head, for the token at position `at` whose query is `from`; memory: 2 P floats.
+inline void attend_one(const float* from, const float* angles, const f16* keys, const f16* values, float* out, Heads h, int64_t at,
+                       float* memory) {
+    const int64_t P = round_up(h.S, VEC);
+    float *q = memory, *acc = memory + P, scores[KEYS];
+    query(from, angles, h, at, q, P);
+    std::fill_n(acc, P, 0.f);
+    Softmax softmax;
+    for (int64_t k0 = 0; k0 <= at; k0 += KEYS) {
+        const int64_t n = std::min(KEYS, at + 1 - k0);
+        score_one(q, keys + k0 * h.S, n, h.S, scores);
+        softmax.add(scores, n, acc, P);
+        gather(scores, values + k0 * h.S, n, acc, h.S);
+    }
+    for (int64_t d = 0; d < h.S; d++) out[d] = acc[d] / softmax.total;
+}
+
+// ---- a tile of tokens -------------------------------------------------------------------------------------------------------
+
+const int64_t QUERIES = 2 * VEC;
+const int STEP = VEC == 16 ? 12 : 5;  // keys, or entries of a head, whose sums stay in registers
+
+const int64_t TILES = 4;  // that share keys and values, once those are floats
+
+// What a thread needs, for heads of S entries, P with whole vectors, W from row to row: queries and sums [TILES][P][QUERIES];
+// keys and values [KEYS][W]; scores [KEYS][QUERIES].
+struct Room {
+    int64_t P, W;
+    float *q, *acc, *k, *v, *scores;
+    // Rows a power of two apart would share the few places that a cache has for them.
+    static int64_t row(int64_t S) { return round_up(S, VEC) + VEC; }
+    static int64_t floats(int64_t S) { return 2 * (TILES * QUERIES + KEYS) * row(S) + KEYS * QUERIES; }
+    Room(float* memory, int64_t S)
+        : P(round_up(S, VEC)), W(row(S)), q(memory), acc(q + TILES * QUERIES * P), k(acc + TILES * QUERIES * P), v(k + KEYS * W),
+          scores(v + KEYS * W) {}
+};
+
+// to[i][j] = from[j][i]: VEC rows of P floats -> P rows of QUERIES, and back.
+inline void turn(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    pairs v[VEC];
+    MOSS_UNROLL
+    for (int i = 0; i < VEC; i++) v[i] = load_pairs(from + i * from_stride);
+    transpose(v);
+    MOSS_UNROLL
+    for (int i = 0; i < VEC; i++) store_pairs(to + i * to_stride, v[i]);
+}
+
+// n rows of S halves -> floats, rows W apart.
+inline void widen(const f16* from, float* to, int64_t n, int64_t S, int64_t W) {
+    for (int64_t r = 0; r < n; r++, from += S, to += W) {
+        int64_t i = 0;
+        for (; i + VEC <= S; i += VEC) store(to + i, load_f16(from + i));
+        if (i < S) store(to + i, load_f16_n(from + i, (int)(S - i)));
     }
 }
 
+// sums[j][lanes] = sums[j][lanes] keep + sum over K of x[j, k] b[k][lanes], for N rows. Rows of x are ROW floats apart, or `row`
+// where ROW is 0, and its columns `column`. keep: two vectors, or null, and then nothing of sums is kept.
+template <int N, int ROW>
+inline void lanes_product(const float* x, int64_t row, int64_t column, const float* b, int64_t K, float* sums, const vec* keep) {
+    vec acc[N][2];
+    MOSS_UNROLL
+    for (int j = 0; j < N; j++)
+        MOSS_UNROLL
+        for (int v = 0; v < 2; v++) acc[j][v] = keep ? mul(load(sums + j * QUERIES + v * VEC), keep[v]) : zero();
+    for (int64_t k = 0; k < K; k++, x += column, b += QUERIES) {
+        const vec b0 = load(b), b1 = load(b + VEC);
+        MOSS_UNROLL
+        for (int j = 0; j < N; j++) {
+            const vec xs = in_register(all(x[j * (ROW ? ROW : row)]));
+            acc[j][0] = fma(xs, b0, acc[j][0]);
+            acc[j][1] = fma(xs, b1, acc[j][1]);
+        }
+    }
+    MOSS_UNROLL
+    for (int j = 0; j < N; j++)
+        MOSS_UNROLL
+        for (int v = 0; v < 2; v++) store(sums + j * QUERIES + v * VEC, acc[j][v]);
+}
+
+// The same for any number of rows.
+template <int ROW>
+inline void lanes_products(const float* x, int64_t rows, int64_t row, int64_t column, const float* b, int64_t K, float* sums,
+                           const vec* keep) {
+    for (int64_t j = 0; j < rows; j += STEP)
+        with_constant<STEP>(std::min<int64_t>(STEP, rows - j), [&](auto n) {
+            lanes_product<decltype(n)::value, ROW>(x + j * (ROW ? ROW : row), row, column, b, K, sums + j * QUERIES, keep);
+        });
+}
+
+// A tile of up to QUERIES tokens at positions at ... of their cache, and its running softmax.
+struct Tile {
+    float *q, *acc;  // [P][QUERIES]
+    int64_t at, count;
+    vec best[2], total[2];
+
+    // Queries in rows of Y floats from `from` on.
+    void begin(const float* from, int64_t Y, const float* angles, Heads h, const Room& room) {
+        float* rows = room.k;  // there are no keys yet
+        for (int64_t i = 0; i < QUERIES; i++)
+            if (i < count) query(from + i * Y, angles, h, at + i, rows + i * room.W, room.P);
+            else std::fill_n(rows + i * room.W, room.P, 0.f);
+        for (int64_t i = 0; i < QUERIES; i += VEC)
+            for (int64_t d = 0; d < room.P; d += VEC) turn(rows + i * room.W + d, room.W, q + d * QUERIES + i, QUERIES);
+        std::fill_n(acc, QUERIES * room.P, 0.f);
+        best[0] = best[1] = all(-1e30f), total[0] = total[1] = zero();
+    }
+
+    // Keys k0 ... k0 + n - 1, which are in room.k, and their values.
+    void add(int64_t k0, int64_t n, int64_t S, const Room& room) {
+        n = std::min(n, at + count - k0);  // those after the last query are nobody's
+        if (n <= 0) return;
+        float* scores = room.scores;
+        const int64_t W = room.W;
+        if (W == 256 + VEC) lanes_products<256 + VEC>(room.k, n, W, 1, q, S, scores, nullptr);  // MOSS's heads
+        else lanes_products<0>(room.k, n, W, 1, q, S, scores, nullptr);
+        for (int64_t j = std::max<int64_t>(0, at + 1 - k0); j < n; j++)  // keys after the first queries
+            std::fill_n(scores + j * QUERIES, k0 + j - at, -1e30f);
+        vec keep[2];
+        for (int v = 0; v < 2; v++) {
+            vec top = best[v];
+            for (int64_t j = 0; j < n; j++) top = higher(top, load(scores + j * QUERIES + v * VEC));
+            keep[v] = exp(sub(best[v], top));
+            best[v] = top, total[v] = mul(total[v], keep[v]);
+            for (int64_t j = 0; j < n; j++) {
+                const vec p = exp(sub(load(scores + j * QUERIES + v * VEC), top));
+                total[v] = moss::add(total[v], p);
+                store(scores + j * QUERIES + v * VEC, p);
+            }
+        }
+        lanes_products<1>(room.v, S, 1, W, scores, n, acc, keep);
+    }
+
+    // Results to rows of D floats.
+    void end(float* out, int64_t S, int64_t D, const Room& room) {
+        float *rows = room.k, totals[QUERIES];
+        for (int64_t i = 0; i < QUERIES; i += VEC)
+            for (int64_t d = 0; d < room.P; d += VEC) turn(acc + d * QUERIES + i, QUERIES, rows + i * room.W + d, room.W);
+        store(totals, total[0]), store(totals + VEC, total[1]);
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t d = 0; d < S; d++) out[i * D + d] = rows[i * room.W + d] / totals[i];
+    }
+};
+
+// Attention of one head for `count` tokens at positions at ... of their cache, at most TILES tiles of them; queries in rows of Y
+// floats from `from` on, results in rows of D floats from `out` on.
+inline void attend(const float* from, int64_t Y, const float* angles, const f16* keys, const f16* values, float* out, Heads h,
+                   int64_t at, int64_t count, float* memory) {
+    const Room room(memory, h.S);
+    Tile tiles[TILES];
+    const int64_t T = (count + QUERIES - 1) / QUERIES, tile = QUERIES * room.P;
+    for (int64_t i = 0; i < T; i++) {
+        const int64_t first = i * QUERIES;
+        tiles[i].q = room.q + i * tile, tiles[i].acc = room.acc + i * tile;
+        tiles[i].at = at + first, tiles[i].count = std::min(QUERIES, count - first);
+        tiles[i].begin(from + first * Y, Y, angles, h, room);
+    }
+    for (int64_t k0 = 0; k0 < at + count; k0 += KEYS) {
+        const int64_t n = std::min(KEYS, at + count - k0);
+        widen(keys + k0 * h.S, room.k, n, h.S, room.W);
+        widen(values + k0 * h.S, room.v, n, h.S, room.W);
+        for (int64_t i = 0; i < T; i++) tiles[i].add(k0, n, h.S, room);
+    }
+    for (int64_t i = 0; i < T; i++) tiles[i].end(out + i * QUERIES * h.D(), h.S, h.D(), room);
+}
+
+// ---- all of it --------------------------------------------------------------------------------------------------------------
+
 inline void attention(const float* y, int64_t Y, const float* angles, f16* keys, f16* values, float* out, Heads h,
                       const Sequence* sequences, int64_t n) {
-    const int64_t P = round_up(h.S, VEC), slot = h.H * h.C * h.S;
+    const int64_t ONE_BY_ONE = 10;  // tokens; for more of them, converting the cache pays
+    const int64_t MOST = TILES * QUERIES;
+    const int64_t slot = h.H * h.C * h.S;
     int64_t most = 0;
     for (int64_t s = 0; s < n; s++) most = std::max<int64_t>(most, sequences[s].count);
-    const int64_t tiles = (most + QUERIES - 1) / QUERIES;
+    const int64_t parts = (most + MOST - 1) / MOST;
 #pragma omp parallel
     {
         static thread_local Scratch<float> scratch;
-        float* work = scratch.get(Tile::floats(P));
+        float* work = scratch.get(Room::floats(h.S));
         for (int64_t i = 0; i < n; i++) {
             Sequence s = sequences[i];
 #pragma omp for schedule(static) nowait
@@ -176,14 +305,18 @@ inline void attention(const float* y, int64_t Y, const float* angles, f16* keys,
                 append(y, Y, angles, keys + s.slot * slot, values + s.slot * slot, h, s.first + t, s.start + t);
         }
 #pragma omp barrier
-        // Late tiles see more keys: they are handed out first, so that no thread starts a long one last.
+        // Late parts see more keys: they are handed out first, so that no thread starts a long one last.
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < tiles * n * h.H; i++) {
-            Sequence s = sequences[i / h.H % n];
-            int64_t head = i % h.H, first = (tiles - 1 - i / h.H / n) * QUERIES;
-            if (first < s.count)
-                attend(y, Y, angles, keys + s.slot * slot, values + s.slot * slot, out, h, head, s.first + first,
-                       s.start + first, std::min(QUERIES, s.count - first), work);
+        for (int64_t i = 0; i < parts * n * h.H; i++) {
+            const Sequence s = sequences[i / h.H % n];
+            const int64_t head = i % h.H, first = (parts - 1 - i / h.H / n) * MOST, at = s.start + first;
+            const int64_t count = std::min(MOST, s.count - first), cached = s.slot * slot + head * h.C * h.S;
+            const float* from = y + (s.first + first) * Y + head * h.S;
+            float* to = out + (s.first + first) * h.D() + head * h.S;
+            if (count > ONE_BY_ONE) attend(from, Y, angles, keys + cached, values + cached, to, h, at, count, work);
+            else
+                for (int64_t t = 0; t < count; t++)
+                    attend_one(from + t * Y, angles, keys + cached, values + cached, to + t * h.D(), h, at + t, work);
         }
     }
 }

@@ -12,6 +12,7 @@ class Cache:
     """Room for the keys and values of ``places`` sequences of up to ``context`` tokens, in fp16."""
 
     def __init__(self, config: Config, context: int, places: int = 1):
+        self.context = context
         shape = (config.n_layer, 2, places, config.n_head, context, config.head_size)
         # Zeroed pages cost nothing until they are written, so a long context is paid for as it fills.
         self._memory = np.zeros(shape, np.float16)

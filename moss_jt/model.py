@@ -6,15 +6,14 @@ One norm feeds attention and MLP side by side (GPT-J):
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import accumulate
+from typing import Any, Callable
 
 import numpy as np
 
 from . import ops
 from .cache import Cache, Sequence
 from .errors import MossError
-from .ops import Weight
-from .ops.attention import rotary_angles
 from .runtime import jittor
 from .swap import CHUNK, Plan, lender
 from .weights import Weights
@@ -28,10 +27,12 @@ class Model:
         """``context``: tokens to keep a cache for. ``plan``: which weights are in memory; without one, all are mapped."""
         self.config, self.context = weights.config, context
         self._jt = jittor()
-        self._bits, self._head_bits = BITS[weights.dtype], BITS[weights.head_dtype]
-        ops.prepare(self._bits, self._head_bits)
+        coding, eps = weights.coding, self.config.layer_norm_epsilon
+        ops.prepare(coding)
         self._weights = lender(weights, plan)
-        self._angles = self._jt.array(rotary_angles(context, self.config.rotary_dim))
+        self._block = _Once(lambda tensors: ops.Block(tensors, BITS[coding.dtype], eps))
+        self._head = _Once(lambda tensors: ops.Head(tensors, BITS[coding.head_dtype], eps))
+        self._angles = self._jt.array(ops.rotary_angles(context, self.config.rotary_dim))
         self.sequence = Cache(self.config, context).sequences[0]
 
     @property
@@ -66,8 +67,8 @@ class Model:
                 for (i, sequence, ids), state in zip(parts, states):
                     tails[i] = np.concatenate([tails[i], state])[-wanted[i][2] :]
                     sequence.append(ids)
-            logits = self._head(np.concatenate(tails))
-        return _split(logits, map(len, tails))
+            logits = self._logits(np.concatenate(tails))
+        return _split(logits, [len(tail) for tail in tails])
 
     def _check(self, ids: np.ndarray) -> None:
         if ids.ndim != 1 or not len(ids):
@@ -80,25 +81,32 @@ class Model:
 
     def _sweep(self, parts: list[tuple[Sequence, np.ndarray]]) -> list[np.ndarray]:
         """All blocks over new ids of each sequence; returns their states, float32 (T, D)."""
-        counts = [len(ids) for _, ids in parts]
-        first = np.cumsum([0, *counts])
+        cache, counts = parts[0][0].cache, [len(ids) for _, ids in parts]
+        first = [0, *accumulate(counts)]
         table = np.array([(s.place, s.length, f, n) for (s, _), f, n in zip(parts, first, counts)], np.int32)
+        rows = ops.sequences(table, first[-1], len(cache.sequences), cache.context)
         x = self._jt.array(self._weights.rows(np.concatenate([ids for _, ids in parts])))
-        for i, (keys, values) in enumerate(parts[0][0].cache.layers):
-            with self._weights.block(i) as w:
-                h = ops.layer_norm(x, w["ln_1.weight"], w["ln_1.bias"], self.config.layer_norm_epsilon)
-                y = ops.linear_in(h, Weight.of(w, "in.weight", self._bits), w["in.bias"])
-                a = ops.attention(y, self._angles, keys, values, table)
-                x = ops.linear_out(a, y, Weight.of(w, "out.weight", self._bits), w["out.bias"], x)
+        for i, (keys, values) in enumerate(cache.layers):
+            with self._weights.block(i) as tensors:
+                x = self._block(tensors)(x, self._angles, keys, values, rows)
         return _split(x.numpy(), counts)
 
-    def _head(self, states: np.ndarray) -> np.ndarray:
-        norm, bits = self._weights.final_norm, self._head_bits
-        h = ops.layer_norm(self._jt.array(states), norm["ln_f.weight"], norm["ln_f.bias"], self.config.layer_norm_epsilon)
-        some = [
-            ops.linear_head(h, Weight.of(w, "lm_head.weight", bits), w["lm_head.bias"]).numpy() for w in self._weights.head()
-        ]
+    def _logits(self, states: np.ndarray) -> np.ndarray:
+        x = self._jt.array(states)
+        some = [self._head(tensors)(x).numpy() for tensors in self._weights.head()]
         return some[0] if len(some) == 1 else np.concatenate(some, axis=1)
+
+
+class _Once:
+    """What ``make`` makes of tensors, for each dict of them that is ever lent: checked and put together once."""
+
+    def __init__(self, make: Callable[[dict], Any]):
+        self._make, self._made = make, {}
+
+    def __call__(self, tensors: dict) -> Any:
+        if id(tensors) not in self._made:
+            self._made[id(tensors)] = (tensors, self._make(tensors))  # kept, so that no other gets its id
+        return self._made[id(tensors)][1]
 
 
 def _left(wanted: list[tuple[Sequence, np.ndarray, int]]) -> int:
@@ -117,5 +125,6 @@ def _next_sweep(wanted: list[tuple[Sequence, np.ndarray, int]]) -> list[tuple[in
     return parts
 
 
-def _split(rows: np.ndarray, counts) -> list[np.ndarray]:
-    return np.split(rows, np.cumsum(list(counts))[:-1])
+def _split(rows: np.ndarray, counts: list[int]) -> list[np.ndarray]:
+    ends = list(accumulate(counts))
+    return [rows[end - count : end] for count, end in zip(counts, ends)]

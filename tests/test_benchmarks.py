@@ -11,6 +11,7 @@ import pytest
 
 from moss_jt.bench import Shape
 from moss_jt.config import Config
+from moss_jt.weights.layout import Coding
 
 from .conftest import ROOT
 
@@ -98,5 +99,5 @@ def test_the_real_programs(peers, tmp_path, name, needs):
         assert program.sample("decode") > 0 and program.sample("prefill 30") > 0
         if name == "moss-jt":
             assert program.sample("memory") > 1e7
-            assert program.facts["bytes_per_token"] == Shape(SMALL, "int4", "int8").token_bytes
+            assert program.facts["bytes_per_token"] == Shape(SMALL, Coding("int4", "int8")).token_bytes
         assert program.facts["version"] and json.dumps(program.facts)

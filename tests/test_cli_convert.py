@@ -14,7 +14,7 @@ import pytest
 
 from moss_jt.cli import main
 from moss_jt.weights import open_weights
-from moss_jt.weights.layout import BITS
+from moss_jt.weights.layout import BITS, Coding
 from tests.checkpoints import random_state, small_config, write_official
 
 CONFIG = small_config()
@@ -62,7 +62,7 @@ def test_every_dtype_for_blocks_and_head(tmp_path, src, run):
         code, stdout, stderr = run("convert", "weights", src, dst, "--dtype", dtype, "--head-dtype", "int8")
         assert code == 0 and stderr == "" and stdout.startswith(f"{dst}: ")
         opened = open_weights(dst)
-        assert (opened.dtype, opened.head_dtype) == (dtype, "int8")
+        assert opened.coding == Coding(dtype, "int8")
     assert run("convert", "weights", src, tmp_path / "int4", "--dtype", "int4")[1].endswith(f"already converted from {src}\n")
     code, stdout, stderr = run("convert", "weights", src, tmp_path / "int4")
     assert code == 1 and stdout == "" and "exists already" in stderr

@@ -95,7 +95,10 @@ def test_several_sequences_share_sweeps(random_model, monkeypatch):
 
 
 def test_numbers_of_the_caller_stay_as_precise_as_they_were():
-    code = "import numpy as np; from moss_jt import ops; ops.prepare(16, 16); assert np.float32(1e-30) * np.float32(1e-10) != 0"
+    code = (
+        "import numpy as np; from moss_jt import ops; from moss_jt.weights.layout import PLAIN; ops.prepare(PLAIN);"
+        "assert np.float32(1e-30) * np.float32(1e-10) != 0"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)  # a subnormal product, in a process that loaded nothing else
 
 

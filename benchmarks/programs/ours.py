@@ -14,11 +14,12 @@ from moss_jt.config import Config
 from moss_jt.model import Model
 from moss_jt.runtime import jittor
 from moss_jt.weights import open_weights
+from moss_jt.weights.layout import Coding
 
 
 def main() -> None:
     ask = asked()
-    shape = Shape(Config(**ask["config"]), ask["dtype"], ask["head_dtype"])
+    shape = Shape(Config(**ask["config"]), Coding(ask["dtype"], ask["head_dtype"]))
     jittor("cpu", ask["threads"])
     with random_checkpoint(shape, Path(ask["folder"])) as folder:
         model = Model(open_weights(folder), shape.config.n_ctx)
@@ -29,7 +30,7 @@ def main() -> None:
                 "memory": limits.memory_read(ask["threads"]).measure,
             },
             version=moss_jt.__version__,
-            weights=f"{shape.dtype}, lm_head {shape.head_dtype}",
+            weights=f"{shape.coding.dtype}, lm_head {shape.coding.head_dtype}",
             bytes_per_token=shape.token_bytes,
         )
 

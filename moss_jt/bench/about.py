@@ -17,8 +17,8 @@ def about(weights: Weights, threads: int) -> dict:
         "threads": threads,
         "layers": weights.config.n_layer,
         "n_embd": weights.config.n_embd,
-        "dtype": weights.dtype,
-        "head_dtype": weights.head_dtype,
+        "dtype": weights.coding.dtype,
+        "head_dtype": weights.coding.head_dtype,
     }
 
 

@@ -80,7 +80,7 @@ class Sweeps:
 def _hollow(weights: Weights, batch: int) -> Sweeps:
     """The same over as many blocks with next to no weights: its time is Python's, Jittor's, and that of starting threads."""
     config = Config(weights.config.n_layer, n_embd=8, n_head=4, n_inner=8, rotary_dim=2, n_ctx=batch, vocab_size=8)
-    with random_checkpoint(Shape(config, weights.dtype, weights.head_dtype), Path(tempfile.gettempdir())) as folder:
+    with random_checkpoint(Shape(config, weights.coding), Path(tempfile.gettempdir())) as folder:
         return Sweeps(Model(open_weights(folder), batch), 0, batch)
 
 

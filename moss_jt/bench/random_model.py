@@ -39,7 +39,7 @@ def random_checkpoint(shape: Shape, parent: Path) -> Iterator[Path]:
     free = min(disk_free(parent), memory().available) if in_memory(parent) else disk_free(parent)
     if shape.nbytes > free:
         raise MossError(
-            f"{parent}: {shape.config.n_layer} blocks in {shape.dtype} take {shape.nbytes / 1e9:.2f} GB, and "
+            f"{parent}: {shape.config.n_layer} blocks in {shape.coding} take {shape.nbytes / 1e9:.2f} GB, and "
             f"{free / 1e9:.2f} GB are free there: take fewer, or another folder with --dir"
         )
     with ExitStack() as at_the_end:
@@ -52,10 +52,10 @@ def random_checkpoint(shape: Shape, parent: Path) -> Iterator[Path]:
 
 
 def _write_all(folder: Path, shape: Shape) -> None:
-    ours = {"format": FORMAT, "dtype": shape.dtype, "head_dtype": shape.head_dtype}
+    ours = {"format": FORMAT, **shape.coding.to_dict()}
     (folder / "config.json").write_text(json.dumps({"moss_jt": ours, "model_type": "moss", **asdict(shape.config)}))
     for file, tensors in shape.files.items():
-        _write(folder / file, tensors, BITS[shape.head_dtype if file == HEAD_FILE else shape.dtype])
+        _write(folder / file, tensors, BITS[shape.coding.head_dtype if file == HEAD_FILE else shape.coding.dtype])
 
 
 def _write(path: Path, tensors: list[Tensor], bits: int) -> None:

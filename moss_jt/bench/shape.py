@@ -6,24 +6,23 @@ from dataclasses import dataclass
 
 from ..config import Config
 from ..weights import Weights
-from ..weights.layout import WTE_FILE, Tensor, files_of
+from ..weights.layout import WTE_FILE, Coding, Tensor, files_of
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model, and how the matrices of its blocks and lm_head are stored: fp16, int8 or int4."""
+    """Sizes of a model, and how its large matrices are stored."""
 
     config: Config
-    dtype: str
-    head_dtype: str
+    coding: Coding
 
     @classmethod
     def of(cls, weights: Weights) -> Shape:
-        return cls(weights.config, weights.dtype, weights.head_dtype)
+        return cls(weights.config, weights.coding)
 
     @property
     def files(self) -> dict[str, list[Tensor]]:
-        return files_of(self.config, self.dtype, self.head_dtype)
+        return files_of(self.config, self.coding)
 
     @property
     def nbytes(self) -> int:

@@ -41,7 +41,7 @@ class Swap:
 
     def _plan(self, shape: Shape) -> Plan:
         context = min(self.context, shape.config.n_ctx)
-        return make_plan(shape.config, shape.dtype, shape.head_dtype, context, self.budget)
+        return make_plan(shape.config, shape.coding, context, self.budget)
 
     def run(self, weights: Weights, threads: int, repeat: int) -> dict:
         plan = self._plan(Shape.of(weights))

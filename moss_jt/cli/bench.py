@@ -120,6 +120,7 @@ def _weights(
     """What the options name, once it is clear that it can be measured."""
     from ..bench import Shape, moon, random_checkpoint
     from ..weights import open_weights
+    from ..weights.layout import Coding
 
     if (model is None) == (blocks is None):
         raise click.UsageError("say what to measure: either -m DIR or --random BLOCKS")
@@ -131,7 +132,7 @@ def _weights(
         yield weights
         return
     dtype, parent = dtype or "fp16", parent or Path(tempfile.gettempdir())
-    shape = Shape(moon(blocks), dtype, head_dtype or ("fp16" if dtype == "fp16" else "int8"))
+    shape = Shape(moon(blocks), Coding(dtype, head_dtype or ("fp16" if dtype == "fp16" else "int8")))
     work.check(shape, parent)
     with random_checkpoint(shape, parent) as folder:
         yield open_weights(folder)

@@ -41,8 +41,8 @@ def command(folder: Path, ram: int | None, context: int, measure: bool | None, a
 
 def _as_json(plan: Plan, speeds: Speeds | None) -> dict:
     return {
-        "dtype": plan.dtype,
-        "head_dtype": plan.head_dtype,
+        "dtype": plan.coding.dtype,
+        "head_dtype": plan.coding.head_dtype,
         "context": plan.context,
         "budget": plan.budget,
         "peak": plan.peak,
@@ -62,7 +62,7 @@ def _draw(folder: Path, plan: Plan, speeds: Speeds | None, budget: str) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print(f"{folder}: {len(plan.blocks)} blocks in {plan.dtype}, context {plan.context}", markup=False, soft_wrap=True)
+    console.print(f"{folder}: {len(plan.blocks)} blocks in {plan.coding}, context {plan.context}", markup=False, soft_wrap=True)
     console.print(_places(plan, budget))
     console.print(_moved(plan, speeds))
 

@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..config import Config
 from ..runtime import compiling, float_environment_kept, jittor
-from .attention import attention, rotary_angles
+from ..weights.layout import BITS, Coding, block_tensors, head_tensors
+from .block import Block, sequences
+from .head import Head
 from .kernel import header
-from .layer_norm import layer_norm
-from .linear import Weight, linear_head, linear_in, linear_out
+from .rotary import rotary_angles
+
+_DTYPES = {"F32": "float32", "F16": "float16", "U8": "uint8", "I32": "int32"}
 
 
-def prepare(bits: int, head_bits: int) -> None:
-    """Run every op once, on a model of a few bytes with blocks of ``bits`` and an lm_head of ``head_bits`` bits a weight.
+def prepare(coding: Coding) -> None:
+    """Run every op once, on a model of a few bytes whose weights are stored alike.
 
     The first time on a machine this compiles, for seconds, and says so. Raises MossError where a kernel does not compile.
     """
     jt = jittor()
-    sources = [header(name) for name in ("layer_norm.h", "linear.h", "attention.h")]
     # Lazily, so that Jittor sees all ops at once and compiles them side by side.
     lazily = jt.flag_scope(lazy_execution=1, use_parallel_op_compiler=8, no_grad=1)
-    with float_environment_kept(), compiling(*sources, f"{bits} {head_bits}"), lazily:
-        d, inner, heads = 8, 8, 4
-        x, cache = _zeros(1, d), [_zeros(1, heads, 1, d // heads, dtype="float16") for _ in range(2)]
-        y = linear_in(layer_norm(x, _zeros(d), _zeros(d), 1e-5), _weight(bits, 3 * d + inner, d), _zeros(inner))
-        a = attention(y, jt.array(rotary_angles(1, 2)), *cache, np.array([[0, 0, 0, 1]], np.int32))
-        x = linear_out(a, y, _weight(bits, d, d + inner), _zeros(d), x)
-        linear_head(x, _weight(head_bits, 1, d), _zeros(1)).sync()
+    with float_environment_kept(), compiling(header("block.h"), str(coding.to_dict())), lazily:
+        config = Config(n_layer=1, n_embd=16, n_head=4, n_inner=8, rotary_dim=2, n_ctx=1, vocab_size=1)
+        block = Block(_tensors(block_tensors(config, coding)), BITS[coding.dtype], 1e-5)
+        head = Head(_tensors(head_tensors(config, coding)), BITS[coding.head_dtype], 1e-5)
+        cache = [_zeros((1, 4, 1, 4), "float16") for _ in range(2)]
+        rows = sequences(np.array([[0, 0, 0, 1]], np.int32), 1, 1, 1)
+        head(block(_zeros((1, 16), "float32"), jt.array(rotary_angles(1, 2)), *cache, rows)).sync()
 
 
-def _zeros(*shape: int, dtype: str = "float32"):
+def _tensors(tensors: list) -> dict:
+    return {t.name: _zeros(t.shape, _DTYPES[t.dtype]) for t in tensors}
+
+
+def _zeros(shape: tuple[int, ...], dtype: str):
     return jittor().array(np.zeros(shape, dtype))
-
-
-def _weight(bits: int, n: int, k: int) -> Weight:
-    shapes = Weight(bits, None).expected(n, k).values()
-    return Weight(bits, *(_zeros(*shape, dtype=dtype) for dtype, shape in shapes))

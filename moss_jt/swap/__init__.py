@@ -22,7 +22,7 @@ def plan_for(weights: Weights, context: int, ram: str | int | None = None) -> Pl
 
     Raises MossError where that is too small.
     """
-    model = (weights.config, weights.dtype, weights.head_dtype, context)
+    model = (weights.config, weights.coding, context)
     if ram is not None:
         return make_plan(*model, parse_size(ram))
     available, least = machine.memory().available, smallest(*model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..weights.layout import ALIGN, Tensor
+from ..weights.layout import ALIGN, PANEL, Tensor
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,14 @@ def whole(tensors: Sequence[Tensor]) -> Part:
 
 
 def rows(tensors: Sequence[Tensor], matrix: str, first: int, end: int) -> Part:
-    """Rows ``first`` … ``end`` - 1 of a matrix: of all tensors that belong to it."""
+    """Rows ``first`` … ``end`` - 1 of a matrix, ``first`` a multiple of PANEL: of all tensors that belong to it."""
     spans, at = [], 0
     for t in tensors:
         if belongs(t, matrix):
-            row = t.nbytes // t.shape[0]
-            start, stop = at + first * row, at + end * row
-            taken = Tensor(t.name, t.dtype, (end - first, *t.shape[1:]))
+            unit, together = t.nbytes // t.shape[0], _together(t, matrix)
+            a, b = first // together, -(-end // together)
+            start, stop = at + a * unit, at + b * unit
+            taken = Tensor(t.name, t.dtype, (b - a, *t.shape[1:]))
             spans.append(Span(start - start % ALIGN, start % ALIGN, stop - (start - start % ALIGN), (taken,)))
         at += t.nbytes
     return Part(tuple(spans))
@@ -63,20 +64,27 @@ def rows(tensors: Sequence[Tensor], matrix: str, first: int, end: int) -> Part:
 
 def room_for_rows(tensors: Sequence[Tensor], matrix: str, count: int) -> int:
     """Memory that holds ``count`` rows of a matrix, wherever they begin: whole pages."""
-    row, slack = _row(tensors, matrix)
-    return (row * count + slack) // ALIGN * ALIGN
+    stored = [t for t in tensors if belongs(t, matrix)]
+    needed = sum(t.nbytes // t.shape[0] * -(-count // _together(t, matrix)) for t in stored)
+    return (needed + _slack(stored)) // ALIGN * ALIGN
 
 
 def rows_that_fit(tensors: Sequence[Tensor], matrix: str, room: int) -> int:
-    """How many rows of a matrix fit ``room`` bytes, wherever they begin."""
-    row, slack = _row(tensors, matrix)
-    return max(0, room - slack) // row
-
-
-def _row(tensors: Sequence[Tensor], matrix: str) -> tuple[int, int]:
-    """Bytes of a row, and what whole pages may add at both ends of each tensor's."""
+    """How many rows of a matrix fit ``room`` bytes, wherever they begin: whole panels where it has them."""
     stored = [t for t in tensors if belongs(t, matrix)]
-    return sum(t.nbytes // t.shape[0] for t in stored), 2 * ALIGN * len(stored)
+    together = max(_together(t, matrix) for t in stored)
+    unit = sum(t.nbytes // t.shape[0] * together // _together(t, matrix) for t in stored)
+    return max(0, room - _slack(stored)) // unit * together
+
+
+def _slack(stored: list[Tensor]) -> int:
+    """What whole pages may add at both ends of each tensor's rows."""
+    return 2 * ALIGN * len(stored)
+
+
+def _together(t: Tensor, matrix: str) -> int:
+    """Rows of the matrix in one of the tensor's first axis."""
+    return 1 if t.name == matrix else PANEL
 
 
 def belongs(t: Tensor, matrix: str) -> bool:

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from ..config import Config
 from ..errors import MossError
-from ..weights.layout import BITS, block_tensors, head_tensors
+from ..weights.layout import BITS, Coding, block_tensors, head_tensors
 from . import parts
 
 MIB = 1 << 20
@@ -61,8 +61,7 @@ class Plan:
     """Where everything lives. Sizes are bytes."""
 
     config: Config
-    dtype: str
-    head_dtype: str
+    coding: Coding
     context: int
     budget: int
     blocks: tuple[str, ...]  # where each one is: RESIDENT or STREAMED
@@ -90,7 +89,7 @@ class Plan:
     @cached_property
     def memory(self) -> dict[str, int]:
         """What takes how much of the budget, at most."""
-        s = _Sizes(self.config, self.dtype, self.head_dtype, self.context)
+        s = _Sizes(self.config, self.coding, self.context)
         return {
             "program": _PROGRAM,
             "work space": s.work,
@@ -108,7 +107,7 @@ class Plan:
     def steps(self) -> list[Step]:
         """What a sweep with logits does, in order."""
         c, matrix = self.config, "lm_head.weight"
-        block, head = block_tensors(c, self.dtype), head_tensors(c, self.head_dtype)
+        block, head = block_tensors(c, self.coding), head_tensors(c, self.coding)
         kept = _bytes(t for t in head if not parts.belongs(t, matrix))
         numbers = (3 * c.n_embd + c.n_inner) * c.n_embd + c.n_embd * (c.n_embd + c.n_inner)
         cache = c.cache_bytes_per_token // c.n_layer * self.context // 2  # half full
@@ -165,36 +164,36 @@ def sweep_seconds(computing: list[float], reading: list[float], slots: int) -> f
     return now - before
 
 
-def make_plan(config: Config, dtype: str, head_dtype: str, context: int, budget: int) -> Plan:
+def make_plan(config: Config, coding: Coding, context: int, budget: int) -> Plan:
     """The plan that reads least from disk with a peak of at most ``budget`` bytes.
 
-    dtype, head_dtype: of the blocks and of lm_head, fp16, int8 or int4. context: tokens to keep a cache for.
+    coding: how the weights are stored. context: tokens to keep a cache for.
     Raises MossError where the budget is too small, with the smallest that works and what would make that smaller.
     """
-    sizes = _Sizes(config, dtype, head_dtype, context)
+    sizes = _Sizes(config, coding, context)
     fitting = [placed for placed in _placements(sizes, budget - sizes.fixed) if placed.fits]
     if not fitting:
-        raise MossError(too_small(config, dtype, head_dtype, context, f"a budget of {in_mib(budget)}"))
+        raise MossError(too_small(config, coding, context, f"a budget of {in_mib(budget)}"))
     best = min(fitting, key=lambda placed: placed.streamed)
     head = (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block
     blocks = _spread(config.n_layer - best.blocks, config.n_layer, head)
-    return Plan(config, dtype, head_dtype, context, budget, blocks, best.head_rows, best.part_rows, best.slot)
+    return Plan(config, coding, context, budget, blocks, best.head_rows, best.part_rows, best.slot)
 
 
-def smallest(config: Config, dtype: str, head_dtype: str, context: int) -> int:
+def smallest(config: Config, coding: Coding, context: int) -> int:
     """The smallest budget that works."""
-    sizes = _Sizes(config, dtype, head_dtype, context)
+    sizes = _Sizes(config, coding, context)
     return sizes.fixed + min(-placed.left for placed in _placements(sizes, 0))
 
 
 class _Sizes:
     """What things take in memory."""
 
-    def __init__(self, config: Config, dtype: str, head_dtype: str, context: int):
+    def __init__(self, config: Config, coding: Coding, context: int):
         d, inner, v = config.n_embd, config.n_inner, config.vocab_size
         self.n_layer, self.vocab = config.n_layer, v
-        self.block = parts.whole(block_tensors(config, dtype)).room
-        self._head = head_tensors(config, head_dtype)
+        self.block = parts.whole(block_tensors(config, coding)).room
+        self._head = head_tensors(config, coding)
         self.head = self.head_rows(v)
         self.head_rest = _bytes(t for t in self._head if not parts.belongs(t, "lm_head.weight"))
         self.cache = config.cache_bytes_per_token * context
@@ -253,18 +252,19 @@ def _spread(streamed: int, blocks: int, head: float) -> tuple[str, ...]:
     return tuple(STREAMED if i in chosen else RESIDENT for i in range(blocks))
 
 
-def too_small(config: Config, dtype: str, head_dtype: str, context: int, what: str) -> str:
+def too_small(config: Config, coding: Coding, context: int, what: str) -> str:
     """Says that ``what`` is too small, what would do, and what would need less."""
 
-    def needs(dtype: str, head_dtype: str, context: int) -> str:
-        return in_mib(smallest(config, dtype, head_dtype, context))
+    def needs(coding: Coding, context: int) -> str:
+        return in_mib(smallest(config, coding, context))
 
-    ways = [f"{needs(dtype, head_dtype, context // 4)} with a context of {context // 4}"] if context >= 256 else []
+    ways = [f"{needs(coding, context // 4)} with a context of {context // 4}"] if context >= 256 else []
     for lighter in ("int8", "int4"):
-        if BITS[lighter] < BITS[dtype]:
-            ways.append(f"{needs(lighter, min(head_dtype, 'int8', key=BITS.get), context)} in {lighter}")
+        if BITS[lighter] < BITS[coding.dtype]:
+            head = min(coding.head_dtype, "int8", key=BITS.get)
+            ways.append(f"{needs(Coding(lighter, head), context)} in {lighter}")
     less = f"; {', '.join(ways)}" if ways else ""
-    needed = needs(dtype, head_dtype, context)
+    needed = needs(coding, context)
     return f"{what} is too small for this model: {needed} is the smallest that works, with a context of {context} tokens{less}"
 
 

@@ -38,11 +38,7 @@ class Resident:
         """Block i's weights, name -> Var."""
         yield self._block_vars[i]
 
-    @property
-    def final_norm(self) -> dict:
-        """The weights of ln_f, name -> Var."""
-        return self._head_vars
-
     def head(self) -> Iterator[dict]:
-        """lm_head's weights, name -> Var: some of its rows at a time, in order. Each loan ends where the next one begins."""
+        """ln_f's and lm_head's weights, name -> Var: some of lm_head's rows at a time, in order. Each loan ends where the next
+        one begins."""
         yield self._head_vars

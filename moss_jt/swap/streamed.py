@@ -36,17 +36,18 @@ class Streamed:
         self._head = [(0, plan.head_rows), *self._ranges] if plan.head_rows else self._ranges
         self._rows = Rows(weights.regions[WTE_FILE])
         self._small = {name: np.array(a) for name, a in weights.head().items() if not name.startswith("lm_head.weight")}
-        self.final_norm = as_vars({name: a for name, a in self._small.items() if name.startswith("ln_f.")})
-        self._biases = {(a, b): as_vars({"lm_head.bias": self._small["lm_head.bias"][a:b]}) for a, b in self._head}
+        norm = as_vars({name: a for name, a in self._small.items() if name.startswith("ln_f.")})
+        bias = self._small["lm_head.bias"]
+        beside = {(a, b): {**norm, **as_vars({"lm_head.bias": bias[a:b]})} for a, b in self._head}
 
         sources = _sources(weights, self._head)
         streamed = {item: sources.pop(item) for item in (*self._blocks, *self._ranges)}
-        slots = [_Memory(plan.slot, {item: source.part for item, source in streamed.items()}) for _ in range(plan.slots)]
+        slots = [_Memory(plan.slot, {item: s.part for item, s in streamed.items()}, beside) for _ in range(plan.slots)]
         worker = Worker("moss-jt reads weights")
         self.close = weakref.finalize(self, worker.close)  # when called, or when this is no longer used, or at the end
         self._ring = Ring(slots, _Disk(worker, streamed))
         self.expect(head=True)
-        self._resident = {item: _Memory(source.part.room, {item: source.part}) for item, source in sources.items()}
+        self._resident = {item: _Memory(s.part.room, {item: s.part}, beside) for item, s in sources.items()}
         for item, source in sources.items():
             source.fetch(self._resident[item].bytes)
 
@@ -64,7 +65,7 @@ class Streamed:
     def head(self) -> Iterator[dict]:
         for rows in self._head:
             with self._lend(rows) as tensors:
-                yield {**tensors, **self._biases[rows]}
+                yield tensors
 
     @contextmanager
     def _lend(self, item: Hashable) -> Iterator[dict]:
@@ -76,11 +77,12 @@ class Streamed:
 
 
 class _Memory:
-    """Memory of ``nbytes`` for any one of some parts, and each one's Vars over it, for when it is there."""
+    """Memory of ``nbytes`` for any one of some parts, and each one's Vars over it, for when it is there, with those that lie
+    ``beside`` it."""
 
-    def __init__(self, nbytes: int, those: dict[Hashable, Part]):
+    def __init__(self, nbytes: int, those: dict[Hashable, Part], beside: dict[Hashable, dict]):
         self.bytes = allocate(nbytes)
-        self.vars = {item: as_vars(self._arrays(part)) for item, part in those.items()}
+        self.vars = {item: {**as_vars(self._arrays(part)), **beside.get(item, {})} for item, part in those.items()}
 
     def _arrays(self, part: Part) -> dict[str, np.ndarray]:
         found, at = {}, 0

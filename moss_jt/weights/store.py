@@ -11,9 +11,9 @@ import numpy as np
 from ..config import Config, read_json
 from ..errors import MossError
 from .header import read_header
-from .layout import ALIGN, BITS, FORMAT, HEAD_FILE, WTE_FILE, Tensor, block_file, files_of
+from .layout import ALIGN, FORMAT, HEAD_FILE, WTE_FILE, Coding, Tensor, block_file, files_of
 
-_NUMPY = {"F16": np.float16, "F32": np.float32, "U8": np.uint8}
+_NUMPY = {"F16": np.float16, "F32": np.float32, "U8": np.uint8, "I32": np.int32}
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,11 @@ def arrays(raw: np.ndarray, tensors: Iterable[Tensor]) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Weights:
-    """A checked checkpoint. ``dtype`` is that of the blocks' matrices, ``head_dtype`` lm_head's: fp16, int8 or int4.
-    ``regions`` holds one Region per file: wte, each block, head."""
+    """A checked checkpoint. ``regions`` holds one Region per file: wte, each block, head."""
 
     folder: Path
     config: Config
-    dtype: str
-    head_dtype: str
+    coding: Coding
     regions: dict[str, Region]
 
     def block(self, i: int) -> dict[str, np.ndarray]:
@@ -80,13 +78,13 @@ def open_weights(folder: str | Path) -> Weights:
         raise MossError(f"{folder}: not converted yet; run: moss-jt convert weights {folder} {folder.resolve().name}-jt")
     if ours.get("format") != FORMAT:
         raise MossError(f"{folder}: format {ours.get('format')!r}, this moss-jt reads {FORMAT}; convert the checkpoint again")
-    dtypes = [ours.get("dtype"), ours.get("head_dtype", ours.get("dtype"))]
-    for dtype in dtypes:
-        if dtype not in BITS:
-            raise MossError(f"{folder}: dtype {dtype!r} in config.json, this moss-jt reads {', '.join(BITS)}")
+    try:
+        coding = Coding.from_dict(ours)
+    except MossError as e:
+        raise MossError(f"{folder / 'config.json'}: {e}") from None
     config = Config.from_dict(raw, str(folder / "config.json"))
-    regions = {name: check_file(folder / name, expected) for name, expected in files_of(config, *dtypes).items()}
-    return Weights(folder, config, *dtypes, regions)
+    regions = {name: check_file(folder / name, expected) for name, expected in files_of(config, coding).items()}
+    return Weights(folder, config, coding, regions)
 
 
 def check_file(path: Path, expected: list[Tensor]) -> Region:

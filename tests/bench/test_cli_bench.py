@@ -23,9 +23,10 @@ from moss_jt.config import Config
 from moss_jt.model import Model
 from moss_jt.swap import make_plan, smallest
 from moss_jt.weights import open_weights
+from moss_jt.weights.layout import Coding
 
 SMALL = Config(n_layer=3, n_embd=256, n_head=4, n_inner=512, rotary_dim=8, n_ctx=64, vocab_size=3000)
-SHAPE = Shape(SMALL, "int4", "int8")
+SHAPE = Shape(SMALL, Coding("int4", "int8"))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_decode(as_json):
     assert (found["bench"], found["model"], found["layers"], found["threads"]) == ("decode", "random", 2, 2)
     assert (found["dtype"], found["head_dtype"], found["n_embd"]) == ("int4", "int8", 256)
     assert found["version"] and found["date"] and set(found["machine"]) >= {"cpu", "kernels", "cores", "load_average"}
-    shape = Shape(Config(**{**vars(SMALL), "n_layer": 2}), "int4", "int8")
+    shape = Shape(Config(**{**vars(SMALL), "n_layer": 2}), Coding("int4", "int8"))
     assert found["bytes_per_token"] == shape.token_bytes + 21 * 2 * 2 * 2 * 256  # and the cache: keys, values, 2 bytes each
     assert len(found["tokens_s"]) == 4 and min(found["tokens_s"]) > 0
     assert "memory read" in found["limit"]
@@ -166,9 +167,9 @@ def test_cold_files_come_from_the_disk(model):
 def test_swap(as_json, model, monkeypatch):
     monkeypatch.setattr(limits, "disk_read", lambda folder: Limit("disk", "GB_s", lambda: 2e9))
     monkeypatch.setattr(page_cache, "in_memory", lambda folder: False)
-    budget = smallest(SMALL, "int4", "int8", 32)
+    budget = smallest(SMALL, Coding("int4", "int8"), 32)
     found = as_json("swap", "-m", model, "--ram", budget, "--context", 32, "--batch", 2, "--repeat", 2)
-    plan = make_plan(SMALL, "int4", "int8", 32, budget)
+    plan = make_plan(SMALL, Coding("int4", "int8"), 32, budget)
     assert plan.disk_bytes > 0 and found["bytes_per_token"] == plan.disk_bytes / 2
     assert (found["budget_bytes"], found["context"], found["batch"]) == (budget, 32, 2) and found["peak_memory_bytes"] > 1 << 20
     check_shares(found, "GB_s", [found["bytes_per_token"] * s / 1e9 for s in found["tokens_s"]])
@@ -243,7 +244,7 @@ def test_memory_that_is_short(run, monkeypatch):
 
 def test_swap_needs_a_disk(run, monkeypatch):
     monkeypatch.setattr(page_cache, "in_memory", lambda folder: True)
-    budget = smallest(Config(**{**vars(SMALL), "n_layer": 3}), "fp16", "fp16", 64)
+    budget = smallest(Config(**{**vars(SMALL), "n_layer": 3}), Coding(), 64)
     code, _, err = run("swap", "--random", 3, "--ram", budget)
     assert code == 1 and "is in memory and on no disk" in err
 
@@ -252,7 +253,7 @@ STOPPED = """
 import sys, time
 from moss_jt import bench, runtime
 from moss_jt.cli import main
-small = bench.Shape(bench.moon(1), "fp16", "fp16").config
+small = bench.moon(1)
 bench.moon = lambda blocks: type(small)(blocks, 64, 4, 64, 8, 64, 100)
 runtime.jittor = lambda *args: (print("made", flush=True), time.sleep(60))
 main(["bench", "decode", "--random", "1", "--context-used", "0"])

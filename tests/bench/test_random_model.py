@@ -13,6 +13,7 @@ from moss_jt.bench import Shape, moon, page_cache, random_checkpoint, random_mod
 from moss_jt.config import Config
 from moss_jt.machine import Memory
 from moss_jt.weights import open_weights
+from moss_jt.weights.layout import BITS, Coding
 from tests.dequantise import matrix
 
 SMALL = Config(n_layer=2, n_embd=256, n_head=4, n_inner=384, rotary_dim=8, n_ctx=64, vocab_size=300)
@@ -23,11 +24,16 @@ DTYPES = [("fp16", "fp16"), ("int8", "fp16"), ("int8", "int8"), ("int4", "int8")
 def test_sensible_weights(tmp_path, monkeypatch, dtype, head_dtype):
     monkeypatch.setattr(random_model, "_POOL", 5000)  # every tensor needs it several times, and a part of it
     random_model._pool.cache_clear()
-    with random_checkpoint(Shape(SMALL, dtype, head_dtype), tmp_path) as folder:
+    with random_checkpoint(Shape(SMALL, Coding(dtype, head_dtype)), tmp_path) as folder:
         weights = open_weights(folder)
-        assert (weights.config, weights.dtype, weights.head_dtype) == (SMALL, dtype, head_dtype)
+        assert (weights.config, weights.coding) == (SMALL, Coding(dtype, head_dtype))
         block, head = weights.block(1), weights.head()
-        matrices = [matrix(block, "in.weight", 256), matrix(block, "out.weight", 640), matrix(head, "lm_head.weight", 256)]
+        bits, head_bits = BITS[dtype], BITS[head_dtype]
+        matrices = [
+            matrix(block, "in.weight", 3 * 256 + 384, 256, bits),
+            matrix(block, "out.weight", 256, 640, bits),
+            matrix(head, "lm_head.weight", 300, 256, head_bits),
+        ]
         for x in [*matrices, np.asarray(weights.wte()["wte.weight"], np.float64)]:
             assert x.std() == pytest.approx(0.02, rel=0.05) and abs(x.mean()) < 0.0025  # int4: 0 … 15 less 8
             assert np.abs(x).max() < 0.11
@@ -38,7 +44,7 @@ def test_sensible_weights(tmp_path, monkeypatch, dtype, head_dtype):
 
 
 def test_gone_at_the_end(tmp_path):
-    with random_checkpoint(Shape(SMALL, "int4", "int8"), tmp_path) as folder:
+    with random_checkpoint(Shape(SMALL, Coding("int4", "int8")), tmp_path) as folder:
         assert folder.parent == tmp_path and (folder / "block-01.safetensors").exists()
     assert list(tmp_path.iterdir()) == []
 
@@ -47,7 +53,7 @@ def test_gone_at_the_end(tmp_path):
 def test_gone_after_an_error_which_is_passed_on(tmp_path, error):
     with (
         pytest.raises(error if isinstance(error, type) else type(error)) as e,
-        random_checkpoint(Shape(SMALL, "fp16", "fp16"), tmp_path),
+        random_checkpoint(Shape(SMALL, Coding()), tmp_path),
     ):
         raise error
     assert list(tmp_path.iterdir()) == [] and (isinstance(error, type) or e.value is error)
@@ -59,14 +65,14 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path, monkeypatch):
 
     monkeypatch.setattr(random_model.os, "posix_fallocate", full)
     with pytest.raises(MossError, match=r"cannot be written to: No space left on device$"):
-        random_checkpoint(Shape(SMALL, "fp16", "fp16"), tmp_path).__enter__()
+        random_checkpoint(Shape(SMALL, Coding()), tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     monkeypatch.setattr(random_model, "disk_free", lambda folder: 33_000_000_000)
     with pytest.raises(MossError, match=r": 34 blocks in fp16 take 33\.44 GB, and 33\.00 GB are free there: take fewer"):
-        random_checkpoint(Shape(moon(34), "fp16", "fp16"), tmp_path).__enter__()
+        random_checkpoint(Shape(moon(34), Coding()), tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -75,12 +81,12 @@ def test_a_folder_in_memory_has_no_more_room_than_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(random_model, "memory", lambda: Memory(1 << 40, 5_000_000_000))
     monkeypatch.setattr(random_model, "in_memory", lambda folder: True)
     with pytest.raises(MossError, match=r"6\.25 GB, and 5\.00 GB"):
-        random_checkpoint(Shape(moon(4), "fp16", "fp16"), tmp_path).__enter__()
+        random_checkpoint(Shape(moon(4), Coding()), tmp_path).__enter__()
 
 
 def test_room_in_memory(monkeypatch):
     """What a token reads, the cache for the whole context, and a GiB."""
-    shape = Shape(moon(4), "int4", "int8")
+    shape = Shape(moon(4), Coding("int4", "int8"))
     needed = shape.token_bytes + 4 * 4 * 6144 * 2048 + (1 << 30)
     monkeypatch.setattr(page_cache.machine, "memory", lambda: Memory(1 << 40, needed))
     page_cache.check_room(shape, Path("/"))
@@ -99,7 +105,7 @@ def test_bytes_a_token_reads(dtype, weight, head_dtype, head_weight):
     d, v = 6144, 107008
     a_block = 12 * d * d * weight + 4 * (2 * d + 4 * d + d)
     head = v * d * head_weight + 4 * (2 * d + v)
-    shape = Shape(moon(34), dtype, head_dtype)
+    shape = Shape(moon(34), Coding(dtype, head_dtype))
     assert shape.token_bytes == 34 * a_block + head
     assert shape.nbytes == shape.token_bytes + 2 * v * d
 
@@ -112,4 +118,4 @@ def test_operations_of_a_prompt():
             count += c.n_layer * rows * columns
         count += c.n_layer * 4 * 2 * (token + 1) * 64  # heads, scores and sums, tokens seen, size of a head
     count += c.vocab_size * 256
-    assert Shape(c, "fp16", "fp16").prompt_operations(5) == 2 * count
+    assert Shape(c, Coding()).prompt_operations(5) == 2 * count

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from moss_jt.convert import copy
+from moss_jt.convert.panels import Quantised, in_panels
 from moss_jt.convert.quantise import quantise
 
 from moss_jt import MossError, convert
 from moss_jt.machine import cores
 from moss_jt.weights import open_weights
-from tests import dequantise
+from moss_jt.weights.layout import Coding
 from tests.checkpoints import pickled, random_state, shapes, small_config, tensor, write_official, zip_container
 
 from .test_convert_weights import MEASURED, expected_block
@@ -63,6 +64,12 @@ def full_range(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     return scale, (((q - zero) * scale[..., None] - x) ** 2).sum(2)
 
 
+def dequantised(rows: Quantised, k: int) -> np.ndarray:
+    """(N, k), float64."""
+    w = (rows.q.astype(np.float64) - rows.zero[..., None]) * rows.scale.astype(np.float64)[..., None]
+    return w.reshape(len(w), -1)[:, :k]
+
+
 @pytest.mark.parametrize("k", [1, 127, 128, 200, 640])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [8, 4])
@@ -71,12 +78,12 @@ def test_no_weight_is_off_by_more_than_half_a_scale(bits, kind, k):
     q, scale, zero = quantise(w, bits)
     groups = -(-k // 128)
     assert (q.dtype, scale.dtype, zero.dtype) == (np.uint8, np.float16, np.uint8)
-    assert (q.shape, scale.shape, zero.shape) == ((50, groups * 16 * bits), (50, groups), (50, groups))
+    assert (q.shape, scale.shape, zero.shape) == ((50, groups, 128), (50, groups), (50, groups))
     assert np.isfinite(scale).all() and (scale > 0).all() and (zero <= TOP[bits]).all()
 
-    found = dequantise.dequantise(q, scale, zero, k)
+    found = dequantised(Quantised(q, scale, zero), k)
     error, half = np.abs(grouped(found - w)), scale.astype(np.float64)[..., None] / 2 * (1 + 1e-4)
-    numbers = dequantise.unpack(q, bits).reshape(error.shape)
+    numbers = q.astype(int)
     cut = (numbers == 0) | (numbers == TOP[bits]) if bits == 4 else np.zeros(error.shape, bool)
     assert ((error <= half) | cut).all()
     plain_scale, plain_error = full_range(w, bits)
@@ -88,7 +95,7 @@ def test_no_weight_is_off_by_more_than_half_a_scale(bits, kind, k):
 
 def test_cutting_the_largest_weights_pays_in_4_bits():
     w = drawn("normal", 200, 1024)
-    found = dequantise.dequantise(*quantise(w, 4), 1024)
+    found = dequantised(quantise(w, 4), 1024)
     assert ((found - w) ** 2).sum() < 0.92 * full_range(w, 4)[1].sum()
 
 
@@ -96,23 +103,44 @@ def test_cutting_the_largest_weights_pays_in_4_bits():
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 0.3, 65504.0, -65504.0, 6e-8, -6e-8, 1e-12])
 def test_groups_of_one_value(bits, value):
     w = np.full((2, 200), value, np.float32)
-    q, scale, zero = quantise(w, bits)
-    found = dequantise.dequantise(q, scale, zero, 200)
+    found = dequantised(quantise(w, bits), 200)
     assert np.ptp(found) == 0
     nearest = abs(value) * 2**-10 if abs(value) > 1e-4 else 2**-25  # fp16 has 11 bits, and steps of 2^-24 near 0
     assert abs(found[0, 0] - np.float64(np.float32(value))) <= nearest
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_weights_that_lie_on_a_grid_come_out_exactly_and_are_packed_as_specified(bits):
-    """The numbers are known beforehand: 0 … 15 or 0 … 255 by a pattern that tells all inputs of a group apart."""
+def test_weights_that_lie_on_a_grid_come_out_exactly(bits):
     numbers = np.arange(256) * 7 % 256 if bits == 8 else (np.arange(256) * 7 + np.arange(256) // 64 * 5) % 16
     numbers[[0, 1, 128, 129]] = [0, TOP[bits]] * 2  # the whole range in both groups
     q, scale, zero = quantise(((numbers - 3) * 0.5).astype(np.float32)[None], bits)
-    assert scale.tolist() == [[0.5, 0.5]] and zero.tolist() == [[3, 3]]
-    if bits == 4:
-        numbers = [numbers[128 * g + j] + 16 * numbers[128 * g + j + 64] for g in (0, 1) for j in range(64)]
-    assert q.tobytes() == bytes(list(numbers))
+    assert scale.tolist() == [[0.5, 0.5]] and zero.tolist() == [[3, 3]] and q.reshape(-1).tolist() == numbers.tolist()
+
+
+# ---- panels -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [[37], [16, 21], [1, 2, 3, 31], [5, 27, 5]])
+@pytest.mark.parametrize(("bits", "group", "groups"), [(8, 128, 2), (4, 128, 2), (4, 8, 3), (8, 40, 1)])
+def test_panels_are_as_specified_however_the_rows_come(bits, group, groups, cut):
+    """Each byte is looked up where docs/formats.md says that it lies."""
+    rng, n, per = np.random.default_rng(), 37, 32 // bits
+    q = rng.integers(0, 2**bits, (n, groups, group), dtype=np.uint8)
+    scale, zero = rng.random((n, groups)).astype(np.float16), rng.integers(0, 256, (n, groups), dtype=np.uint8)
+    ends = np.cumsum(cut)[:-1]
+    parts = [Quantised(*part) for part in zip(*(np.split(x, ends) for x in (q, scale, zero)))]
+    stored = Quantised(*map(np.concatenate, zip(*in_panels(parts, bits))))
+    assert [x.shape for x in stored] == [(3, groups, group * bits // 32, 64), (3, groups, 16), (3, groups, 16)]
+    for row in range(48):
+        panel, lane = divmod(row, 16)
+        for g in range(groups):
+            inside = row < n
+            assert stored.scale[panel, g, lane] == (scale[row, g] if inside else 0)
+            assert stored.zero[panel, g, lane] == (zero[row, g] if inside else 0)
+            for k in range(group):
+                byte = stored.q[panel, g, k // per, 4 * lane + k % per * bits // 8]
+                number = byte >> k * bits % 8 & TOP[bits]
+                assert number == (q[row, g, k] if inside else 0)
 
 
 # ---- files ------------------------------------------------------------------------------------------------------------------
@@ -125,8 +153,9 @@ STATE = random_state(CONFIG, 5)
 def parts(w: np.ndarray, name: str, dtype: str) -> list[tuple[str, np.ndarray]]:
     if dtype == "fp16":
         return [(name, w.astype("<f2"))]
-    whole = quantise(np.ascontiguousarray(w, np.float32), int(dtype[3:]))
-    return [(f"{name}.{part}", x) for part, x in zip(("q", "scale", "zero"), whole)]
+    bits = int(dtype[3:])
+    panels = in_panels([quantise(np.ascontiguousarray(w, np.float32), bits)], bits)
+    return [(f"{name}.{part}", np.concatenate(x)) for part, x in zip(("q", "scale", "zero"), zip(*panels))]
 
 
 def expected(config: dict, state: dict, dtype: str, head_dtype: str) -> dict[str, list[tuple[str, np.ndarray]]]:
@@ -170,8 +199,8 @@ def test_every_file_is_as_specified_byte_by_byte(tmp_path, dtype, head_dtype):
     dst = convert.weights(src, tmp_path / "dst", dtype, head_dtype)
     assert_files(dst, CONFIG, STATE, dtype, head_dtype)
     opened = open_weights(dst)
-    assert (opened.dtype, opened.head_dtype) == (dtype, head_dtype)
-    said = {"format": 1, "dtype": dtype, **({} if dtype == head_dtype else {"head_dtype": head_dtype})}
+    assert opened.coding == Coding(dtype, head_dtype)
+    said = {"format": 2, "dtype": dtype, **({} if dtype == head_dtype else {"head_dtype": head_dtype})}
     assert json.loads((dst / "config.json").read_text()) == {**CONFIG, "moss_jt": said}
     record = json.loads((dst / "convert.json").read_text())
     assert {name: x for name, x in record.items() if name != "source"} == said
@@ -182,7 +211,7 @@ def test_every_file_is_as_specified_byte_by_byte(tmp_path, dtype, head_dtype):
 @pytest.mark.parametrize(("dtype", "head_dtype"), [("fp16", "fp16"), ("int8", "int8"), ("int4", "int8")])
 def test_lm_head_is_int8_unless_all_is_fp16(tmp_path, dtype, head_dtype):
     src = write_official(tmp_path / "src", CONFIG, STATE)
-    assert open_weights(convert.weights(src, tmp_path / "dst", dtype)).head_dtype == head_dtype
+    assert open_weights(convert.weights(src, tmp_path / "dst", dtype)).coding.head_dtype == head_dtype
 
 
 @pytest.mark.parametrize("container", ["zip", "legacy", "safetensors"])
@@ -238,10 +267,16 @@ def test_refusals(tmp_path):
             "dtype 'int3' is unknown; choose one of fp16, int8, int4",
         ),
         (lambda: convert.weights(ours, tmp_path / "x"), "already converted; it can be used as it is"),
-        (lambda: convert.weights(int4, tmp_path / "x", "int8"), "int4: already in int4; convert the official checkpoint"),
+        (
+            lambda: convert.weights(int4, tmp_path / "x", "int8"),
+            "int4: already in int4, lm_head in int8; convert the official checkpoint",
+        ),
         (lambda: convert.weights(int4, tmp_path / "x"), "already in int4"),
         (lambda: convert.weights(src, int4, "int8"), "int4: exists already"),
-        (lambda: convert.export(int4, tmp_path / "x"), "is in int4, and only fp16 is exported; give a folder converted with"),
+        (
+            lambda: convert.export(int4, tmp_path / "x"),
+            "is in int4, lm_head in int8, and only fp16 is exported; give a folder converted with",
+        ),
     ]
     for call, says in cases:
         with pytest.raises(MossError, match=says) as e:

@@ -23,9 +23,7 @@ ISAS = {
 }
 
 SOURCE = r"""
-#include "attention.h"
-#include "layer_norm.h"
-#include "linear.h"
+#include "block.h"
 using namespace moss;
 typedef int64_t i64;
 extern "C" {
@@ -42,20 +40,35 @@ void c_gelu_new(float* f, i64 n) { map(f, n, [](vec v, i64, int) { return gelu_n
 void c_layer_norm(const float* x, const float* w, const float* b, float* y, i64 T, i64 D, double eps) {
     layer_norm(x, w, b, y, T, D, (float)eps);
 }
-// Each product takes q, scale, zero: for bits 16 the halves are q.
+// Each product takes bits, q, scale, zero, group, order, orders: for bits 16 the halves are q, and the rest is not looked at.
+#define WEIGHTS i64 bits, const uint8_t *q, const f16 *s, const uint8_t *z, i64 S, const int32_t *order, i64 orders
 #define WITH_WEIGHTS(call) \
-    if (bits == 16) { WeightsF16 w{(const f16*)q, K}; call; } \
-    else if (bits == 8) { WeightsGrouped<8> w{q, s, z, K}; call; } \
-    else { WeightsGrouped<4> w{q, s, z, K}; call; }
-typedef const uint8_t* bytes;
-void c_linear_in(const float* x, i64 bits, bytes q, const f16* s, bytes z, const float* b, float* y, i64 T, i64 N, i64 K,
-                 i64 I) {
+    if (bits == 16) { WeightsF16 w{(const f16*)q, N, K}; call; } \
+    else if (bits == 8) { WeightsGrouped<8> w{q, s, z, (N + 15) / 16, K, S, orders ? order : nullptr, orders}; call; } \
+    else { WeightsGrouped<4> w{q, s, z, (N + 15) / 16, K, S, orders ? order : nullptr, orders}; call; }
+void c_linear_in(const float* x, WEIGHTS, const float* b, float* y, i64 T, i64 N, i64 K, i64 I) {
     WITH_WEIGHTS(linear_in(x, w, b, y, T, N, I))
 }
-void c_linear_out(const float* a, const float* m, i64 bits, bytes q, const f16* s, bytes z, const float* b, const float* r,
-                  float* y, i64 T, i64 N, i64 K, i64 A, i64 M) { WITH_WEIGHTS(linear_out(a, m, w, b, r, y, T, N, A, M)) }
-void c_linear_head(const float* x, i64 bits, bytes q, const f16* s, bytes z, const float* b, float* y, i64 T, i64 N, i64 K) {
+void c_linear_out(const float* a, const float* m, WEIGHTS, const float* b, const float* r, float* y, i64 T, i64 N, i64 K, i64 A,
+                  i64 M) { WITH_WEIGHTS(linear_out(a, m, w, b, r, y, T, N, A, M)) }
+void c_linear_head(const float* x, WEIGHTS, const float* b, float* y, i64 T, i64 N, i64 K) {
     WITH_WEIGHTS(linear_head(x, w, b, y, T, N))
+}
+void c_block(const float* x, const float* nw, const float* nb, double eps, WEIGHTS, const float* in_bias, const uint8_t* q2,
+             const f16* s2, const uint8_t* z2, const int32_t* order2, const float* out_bias, const float* angles, f16* keys,
+             f16* values, i64 H, i64 rotary, i64 C, const Sequence* sequences, i64 n, float* out, i64 T, i64 K, i64 I) {
+    const i64 D = K, N = 3 * D + I, rows = (N + 15) / 16, columns = (D + 15) / 16;
+    const Norm norm{nw, nb, (float)eps};
+    const Heads heads{H, D / H, rotary, C};
+    const int32_t *o = orders ? order : nullptr, *o2 = orders ? order2 : nullptr;
+#define BLOCK(in, out_w) block(x, norm, in, in_bias, out_w, out_bias, angles, keys, values, heads, sequences, n, out, T, D, I)
+    if (bits == 16) BLOCK((WeightsF16{(const f16*)q, N, D}), (WeightsF16{(const f16*)q2, D, D + I}));
+    else if (bits == 8)
+        BLOCK((WeightsGrouped<8>{q, s, z, rows, D, S, o, orders}),
+              (WeightsGrouped<8>{q2, s2, z2, columns, D + I, S, o2, orders ? 1 : 0}));
+    else
+        BLOCK((WeightsGrouped<4>{q, s, z, rows, D, S, o, orders}),
+              (WeightsGrouped<4>{q2, s2, z2, columns, D + I, S, o2, orders ? 1 : 0}));
 }
 void c_attention(const float* y, i64 Y, const float* angles, f16* k, f16* v, float* out, i64 H, i64 S, i64 rotary, i64 C,
                  const Sequence* sequences, i64 n) { attention(y, Y, angles, k, v, out, Heads{H, S, rotary, C}, sequences, n); }

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moss_jt.ops.attention import rotary_angles
+from moss_jt.ops.rotary import rotary_angles
 
-from .. import reference
+from .. import dequantise, reference
 from .build import ISAS, build, supported
 
 
@@ -99,42 +99,53 @@ SHAPES = [
     (7, 3, 2056),
     (8, 70, 100),
     (9, 67, 1048),
+    (16, 40, 264),
+    (17, 75, 520),
     (25, 33, 56),
+    (45, 50, 300),
 ]
 
 
-def random_weights(rng, bits, N, K):
-    """(what the kernels take: bits, q, scale, zero), and the exact weights in float64."""
+NONE = np.zeros(1, np.int32)
+
+
+def random_weights(rng, bits, N, K, group=128, parts=()):
+    """(what the kernels take: bits, q, scale, zero, group, order, orders), and the exact weights in float64. parts: how many
+    rows each order of the inputs is for."""
     size = 10.0 ** rng.integers(-4, 1, (N, 1))  # rows of very different size
     if bits == 16:
         w = (rng.standard_normal((N, K)) * size).astype(np.float16)
         w.reshape(-1)[:: max(1, w.size // 7)] = 3e-7  # subnormal halves
-        return (16, w, w, w), w.astype(np.float64)
-    groups = -(-K // 128)
-    q = rng.integers(0, 2**bits, (N, groups * 128), dtype=np.uint8)
-    scale = (rng.random((N, groups)) * size / 2**bits).astype(np.float16)
-    zero = rng.integers(0, 2**bits + (bits == 4), (N, groups), dtype=np.uint8)  # official int4 zeros go to 16
-    exact = ((q.reshape(N, groups, 128) - zero[..., None].astype(np.float64)) * scale[..., None]).reshape(N, -1)[:, :K]
-    if bits == 4:
-        halves = q.reshape(N, groups, 2, 64)
-        q = np.ascontiguousarray(halves[:, :, 0] | halves[:, :, 1] << 4)
-    return (bits, q, scale, zero), exact
+        return (16, w, w, w, group, NONE, 0), w.astype(np.float64)
+    panels, groups, chunks = -(-N // 16), -(-K // group), group * bits // 32
+    q = rng.integers(0, 256, (panels, groups, chunks, 64), dtype=np.uint8)
+    scale = np.zeros((panels, groups, 16))
+    scale += rng.random(scale.shape) * np.resize(size, (panels, 1, 16)) / 2**bits
+    zero = rng.integers(0, 2**bits + (bits == 4), scale.shape, dtype=np.uint8)  # official int4 zeros go to 16
+    scale = scale.astype(np.float16)
+    exact = dequantise.dequantise(q, scale, zero, bits, N, K)
+    orders = np.array([rng.permutation(K) for _ in parts], np.int32).reshape(len(parts), K)
+    if parts:
+        cut = np.split(exact, np.cumsum(parts)[:-1])
+        exact = np.concatenate([dequantise.in_order(w, order) for w, order in zip(cut, orders)])
+    return (bits, q, scale, zero, group, orders if parts else NONE, len(parts)), exact
 
 
 BITS = pytest.mark.parametrize("bits", [16, 8, 4])
+GROUPS = pytest.mark.parametrize("bits, group", [(16, 128), (8, 128), (4, 128), (8, 8), (4, 8), (8, 72), (4, 40), (4, 64)])
 
 
 def tolerance(bits: int, tokens: int) -> float:
-    """Of int8 and int4, few tokens may be multiplied as 16-bit numbers, with a scale for each group of 128 (see
-    weights_grouped.h), and many as bfloat16 (see lanes.h)."""
-    return 2e-6 if bits == 16 else 1e-4 if tokens <= 8 else 3e-3
+    """Of int8 and int4, and of fp16 if there are many tokens, inputs are multiplied as 16-bit numbers with a scale for each
+    group (inputs.h); of fp16, weights are then, too (weights_f16.h)."""
+    return 1e-4 if bits < 16 else 2e-6 if tokens <= 8 else 4e-4
 
 
-@BITS
+@GROUPS
 @pytest.mark.parametrize("T, N, K", SHAPES)
-def test_linear_head(kernels, rng, bits, T, N, K):
+def test_linear_head(kernels, rng, bits, group, T, N, K):
     x, b = rng.standard_normal((T, K)).astype(np.float32), rng.standard_normal(N).astype(np.float32)
-    weights, exact = random_weights(rng, bits, N, K)
+    weights, exact = random_weights(rng, bits, N, K, group)
     y = poisoned(T + 1, N)
     kernels.linear_head(x, *weights, b, y, T, N, K)
     close(y[:T], *product(x, exact, b), tolerance(bits, T))
@@ -144,10 +155,13 @@ def test_linear_head(kernels, rng, bits, T, N, K):
 @BITS
 @pytest.mark.parametrize("T, N, K", SHAPES)
 @pytest.mark.parametrize("part", [0.0, 0.57, 1.0])
-def test_linear_in(kernels, rng, bits, T, N, K, part):
+@pytest.mark.parametrize("orders", [0, 1, 2])
+def test_linear_in(kernels, rng, bits, T, N, K, part, orders):
     I = int(N * part)  # noqa: E741
+    if orders == 2:
+        I = N - (N - I) // 16 * 16  # noqa: E741  # each order has whole panels
     x, b = rng.standard_normal((T, K)).astype(np.float32), rng.standard_normal(max(I, 1)).astype(np.float32)
-    weights, exact = random_weights(rng, bits, N, K)
+    weights, exact = random_weights(rng, bits, N, K, parts=((), (N,), (N - I, I))[orders])
     y = poisoned(T + 1, N)
     kernels.linear_in(x, *weights, b, y, T, N, K, I)
     exact, size = product(x, exact, np.concatenate([np.zeros(N - I), b[:I]]))
@@ -162,11 +176,35 @@ def test_linear_out(kernels, rng, bits, T, N, K):
     A = K // 4
     M = K - A + 5  # the MLP's part lies at the end of longer rows
     a, m, r = (rng.standard_normal((T, n)).astype(np.float32) for n in (A, M, N))
-    weights, exact = random_weights(rng, bits, N, K)
+    weights, exact = random_weights(rng, bits, N, K, parts=(N,) if T % 2 else ())
     b, y = rng.standard_normal(N).astype(np.float32), poisoned(T + 1, N)
     kernels.linear_out(a, m, *weights, b, r, y, T, N, K, A, M)
     close(y[:T], *product(np.concatenate([a, m[:, 5:]], 1), exact, b, r), tolerance(bits, T))
     assert np.isnan(y[T]).all()
+
+
+@BITS
+@pytest.mark.parametrize("ones", [False, True])
+@pytest.mark.parametrize("T", [1, 9, 30])
+def test_inputs_of_very_different_size(kernels, rng, bits, T, ones):
+    """Outliers, as hidden states have them; zeros; subnormal numbers; all inputs at their largest, so that sums are, too."""
+    N, K = 40, 384
+    x = (rng.standard_normal((T, K)) * 10.0 ** rng.integers(-6, 3, (T, K))).astype(np.float32)
+    x[:, 5], x[:, 128:256], x[T // 2] = 3000, 0, 1e-40
+    weights, exact = random_weights(rng, bits, N, K)
+    if ones:
+        x = np.where(rng.random((T, 1)) < 0.5, 1, -1e4) * np.ones((T, K), np.float32)
+        bits_, q, scale, zero, *rest = weights
+        if bits == 16:
+            q[:] = 65504
+        else:
+            q[:], zero[:] = 255, 0
+        weights = (bits_, q, scale, zero, *rest)
+        exact = q.astype(np.float64) if bits == 16 else dequantise.dequantise(q, scale, zero, bits, N, K)
+    x, b, y = x.astype(np.float32), np.zeros(N, np.float32), poisoned(T, N)
+    kernels.linear_head(x, *weights, b, y, T, N, K)
+    exact, size = product(x, exact, b)
+    close(y, exact, exact if ones else size, 4 * tolerance(bits, T))  # numbers that are all alike are rounded alike
 
 
 @pytest.mark.parametrize(
@@ -179,6 +217,8 @@ def test_linear_out(kernels, rng, bits, T, N, K):
         (12, 20, 20, 64, [(31, 33)]),
         (4, 64, 32, 200, [(100, 100)]),
         (4, 40, 16, 90, [(3, 1), (0, 70), (50, 40), (89, 1)]),
+        (4, 20, 4, 400, [(30, 300), (0, 11), (390, 10)]),
+        (4, 256, 64, 300, [(0, 260)]),
     ],
 )
 def test_attention(kernels, rng, H, S, rotary, C, sequences):
@@ -210,3 +250,35 @@ def test_attention(kernels, rng, H, S, rotary, C, sequences):
     for new, old in zip((keys, values), before):
         assert np.array_equal(new, old, equal_nan=True)
     assert np.isnan(out[T]).all()
+
+
+@BITS
+@pytest.mark.parametrize("orders", [0, 2])
+@pytest.mark.parametrize("T", [1, 7, 20])
+def test_block(kernels, rng, bits, T, orders):
+    D, I, H, rotary, C, start = 32, 88, 4, 4, 40, 5  # noqa: E741
+    orders = orders if bits < 16 else 0
+    x = rng.standard_normal((T, D)).astype(np.float32)
+    norm, in_bias, out_bias = (
+        1 + rng.standard_normal((2, D)).astype(np.float32) / 9,
+        *(rng.standard_normal(n).astype(np.float32) for n in (I, D)),
+    )
+    w, exact_in = random_weights(rng, bits, 3 * D + I, D, parts=(3 * D, I) if orders else ())
+    w2, exact_out = random_weights(rng, bits, D, D + I, parts=(D,) if orders else ())
+    keys, values = rng.standard_normal((2, 1, H, C, D // H)).astype(np.float16)
+    old = [cache[0, :, :start].astype(np.float64) for cache in (keys, values)]
+    y = poisoned(T + 1, D)
+    kernels.block(
+        x, *norm, 1e-5, *w, in_bias, *w2[1:4], w2[5], out_bias, rotary_angles(C, rotary), keys, values, H, rotary, C,
+        np.array([[0, start, 0, T]], np.int32), 1, y, T, D, I,
+    )  # fmt: skip
+
+    h = reference.layer_norm(x.astype(np.float64), *norm, 1e-5)
+    first = h @ exact_in.T
+    q, k, v = (reference.heads(part, H) for part in np.split(first[:, : 3 * D], 3, axis=1))
+    q, k = (reference.rotary(a, np.arange(start, start + T), rotary) for a in (q, k))
+    a = reference.attention(q, np.concatenate([old[0], k], 1), np.concatenate([old[1], v], 1))
+    both = np.concatenate([a.transpose(1, 0, 2).reshape(T, D), reference.gelu_new(first[:, 3 * D :] + in_bias)], 1)
+    exact = x + both @ exact_out.T + out_bias
+    close(y[:T], exact, np.abs(exact) + np.sqrt(both**2 @ (exact_out**2).T), 2e-3)  # the cache rounds to fp16
+    assert np.isnan(y[T]).all()

@@ -10,7 +10,7 @@ import numpy as np
 from moss_jt.swap import Plan, make_plan, smallest
 from moss_jt.weights import Weights, files_of, open_weights
 from moss_jt.weights.header import header_bytes
-from moss_jt.weights.layout import METADATA, Tensor
+from moss_jt.weights.layout import FORMAT, METADATA, Coding, Tensor
 from tests.checkpoints import small_config
 
 CONTEXT = 40
@@ -22,10 +22,10 @@ def write(folder: Path, dtype: str = "fp16", head_dtype: str = "fp16", seed: int
 
     raw = small_config(**{"n_layer": 5, "n_embd": 64, "vocab_size": 2100, "n_ctx": 512, "n_positions": 512, **sizes})
     folder.mkdir(parents=True, exist_ok=True)
-    ours = {"format": 1, "dtype": dtype, "head_dtype": head_dtype}
-    (folder / "config.json").write_text(json.dumps({"moss_jt": ours, **raw}))
+    coding = Coding(dtype, head_dtype)
+    (folder / "config.json").write_text(json.dumps({"moss_jt": {"format": FORMAT, **coding.to_dict()}, **raw}))
     rng = np.random.default_rng(seed)
-    for name, tensors in files_of(Config.from_dict(raw), dtype, head_dtype).items():
+    for name, tensors in files_of(Config.from_dict(raw), coding).items():
         with (folder / name).open("wb") as file:
             file.write(header_bytes(tensors, METADATA))
             for tensor in tensors:
@@ -45,6 +45,6 @@ def _values(tensor: Tensor, rng: np.random.Generator) -> bytes:
 
 def plan(weights: Weights, share: float, context: int = CONTEXT) -> Plan:
     """The plan for the smallest budget that works, and this share of what is missing from there to everything."""
-    model = (weights.config, weights.dtype, weights.head_dtype, context)
+    model = (weights.config, weights.coding, context)
     least, most = smallest(*model), make_plan(*model, 1 << 50).peak
     return make_plan(*model, least + int(share * (most - least)))

@@ -16,7 +16,7 @@ from moss_jt.sizes import parse_size
 from moss_jt.swap import plan_for
 from moss_jt.swap.plan import CHUNK, MIB, RESIDENT, ROWS, Plan, Speeds, make_plan, smallest
 from moss_jt.swap.ring import Ring
-from moss_jt.weights.layout import BITS, block_tensors, head_tensors
+from moss_jt.weights.layout import BITS, PLAIN, Coding, block_tensors, head_tensors, matrix
 
 from .simulated import Device
 
@@ -30,14 +30,15 @@ shares = st.floats(0, 1.2, allow_subnormal=False)
 
 
 @st.composite
-def models(draw) -> tuple[Config, str, str, int]:
-    """(config, dtype, head_dtype, context): blocks from far smaller to far larger than lm_head."""
+def models(draw) -> tuple[Config, Coding, int]:
+    """(config, coding, context): blocks from far smaller to far larger than lm_head."""
     heads, size = 4 * draw(st.integers(1, 6)), 2 * draw(st.integers(1, 128))
     d = heads * size
     inner, v = draw(st.sampled_from([d, 4 * d, 3 * d + 7])), draw(st.integers(1, 110_000))
     config = Config(draw(st.integers(1, 40)), d, heads, inner, 2, 2048, v)
     dtype, head = draw(st.sampled_from(list(BITS))), draw(st.sampled_from(list(BITS)))
-    return config, dtype, head, draw(st.integers(2, 2048))
+    coding = Coding(dtype, head, 8 * draw(st.integers(1, 16)), draw(st.booleans()))
+    return config, coding, draw(st.integers(2, 2048))
 
 
 def nbytes(tensors) -> int:
@@ -47,8 +48,8 @@ def nbytes(tensors) -> int:
 def check(plan: Plan) -> None:
     """What must hold for every plan, added up here from the files' layout."""
     config, streamed = plan.config, plan.streamed_blocks
-    block, head = block_tensors(config, plan.dtype), head_tensors(config, plan.head_dtype)
-    row = nbytes(t for t in head if t.name.startswith("lm_head.weight")) / config.vocab_size
+    block = block_tensors(config, plan.coding)
+    row = nbytes(matrix("", 16, config.n_embd, plan.coding.head_dtype)) / 16
     resident = (config.n_layer - len(streamed)) * nbytes(block) + plan.head_rows * row
     slots = plan.slots * plan.slot
     cache = config.cache_bytes_per_token * plan.context
@@ -76,7 +77,7 @@ def test_plans_keep_their_budget_and_use_it(model, share):
     assert plan.streams == (budget < most)
     room = plan.budget - plan.peak
     if plan.streams and plan.head_ranges() and plan.streamed_blocks:  # what is left would not hold more of lm_head
-        head = nbytes(head_tensors(plan.config, plan.head_dtype))
+        head = nbytes(head_tensors(plan.config, plan.coding))
         assert room <= (ROWS + 2) * head / plan.config.vocab_size + 50_000
 
 
@@ -101,35 +102,37 @@ def test_refusals_name_the_smallest_that_works(model, short):
     named = parse_size(re.search(r"(\d+MiB) is the smallest", text)[1])
     assert least <= named < least + MIB and "\n" not in text
     check(make_plan(*model, named))
-    config, dtype, head, context = model
+    config, coding, context = model
     for size, shorter in re.findall(r"(\d+MiB) with a context of (\d+)", text.partition(";")[2]):
-        check(make_plan(config, dtype, head, int(shorter), parse_size(size)))
+        check(make_plan(config, coding, int(shorter), parse_size(size)))
         assert int(shorter) < context
     for size, lighter in re.findall(r"(\d+MiB) in (int\d)", text):
-        assert BITS[lighter] < BITS[dtype]
-        check(make_plan(config, lighter, min(head, "int8", key=BITS.get), context, parse_size(size)))
+        assert BITS[lighter] < BITS[coding.dtype]
+        check(make_plan(config, Coding(lighter, min(coding.head_dtype, "int8", key=BITS.get)), context, parse_size(size)))
 
 
 def test_the_large_model():
     """The figures that README and guide rest on."""
-    plan = make_plan(MOON, "fp16", "fp16", 2048, 6 * GIB)
+    plan = make_plan(MOON, PLAIN, 2048, 6 * GIB)
     assert plan.peak > 6 * GIB - 4 * MIB and plan.blocks.count(RESIDENT) == 2 and 29e9 < plan.disk_bytes < 30e9
-    assert smallest(MOON, "fp16", "fp16", 2048) < 4 * GIB
-    assert smallest(MOON, "int4", "int8", 512) < 1.5 * GIB
-    assert make_plan(MOON, "int4", "int8", 2048, 11 * GIB).disk_bytes == 0
-    nearly = make_plan(MOON, "int4", "int8", 2048, 10 * GIB)  # lm_head alone is streamed, and only what does not fit of it
+    assert smallest(MOON, PLAIN, 2048) < 4 * GIB
+    assert smallest(MOON, Coding("int4", "int8"), 512) < 1.5 * GIB
+    assert make_plan(MOON, Coding("int4", "int8"), 2048, 11 * GIB).disk_bytes == 0
+    nearly = make_plan(
+        MOON, Coding("int4", "int8"), 2048, 10 * GIB
+    )  # lm_head alone is streamed, and only what does not fit of it
     assert not nearly.streamed_blocks and nearly.slots * nearly.slot < 150 * MIB and nearly.disk_bytes < 0.5e9
 
 
 def test_blocks_are_spread_evenly():
     for gib in range(5, 31):
-        at = make_plan(MOON, "fp16", "fp16", 2048, gib * GIB).streamed_blocks
+        at = make_plan(MOON, PLAIN, 2048, gib * GIB).streamed_blocks
         gaps = [b - a for a, b in zip(at, at[1:])] or [34]
         assert max(gaps) - min(gaps) <= 1 and abs(at[0] - (33 - at[-1])) <= 1
 
 
 def test_a_shorter_prompt_than_a_chunk_needs_less_work_space():
-    space = [make_plan(MOON, "fp16", "fp16", n, 50 * GIB).memory["work space"] for n in (128, CHUNK, 2048)]
+    space = [make_plan(MOON, PLAIN, n, 50 * GIB).memory["work space"] for n in (128, CHUNK, 2048)]
     assert space[0] < space[1] / 2 and space[2] < space[1] * 1.01
 
 
@@ -137,8 +140,8 @@ def test_a_shorter_prompt_than_a_chunk_needs_less_work_space():
 @pytest.mark.parametrize("speeds", [SPEEDS, replace(SPEEDS, disk=29e9), replace(SPEEDS, disk=60e9)])
 def test_expected_speed_is_that_of_the_simulated_machine(gib, speeds):
     """The ring, driven in virtual time by a disk and a memory of these speeds, needs as long as the plan says."""
-    plan = make_plan(MOON, "fp16", "fp16", 2048, gib * GIB)
-    block, head = nbytes(block_tensors(MOON, "fp16")), nbytes(head_tensors(MOON, "fp16"))
+    plan = make_plan(MOON, PLAIN, 2048, gib * GIB)
+    block, head = nbytes(block_tensors(MOON, PLAIN)), nbytes(head_tensors(MOON, PLAIN))
     row, cache = head / MOON.vocab_size, MOON.cache_bytes_per_token * 1024 / 34
     size = {**{i: block for i in plan.streamed_blocks}, **{(a, b): (b - a) * row for a, b in plan.head_ranges()}}
     device = Device(lambda item: size[item] / speeds.disk, waits=True)
@@ -161,26 +164,26 @@ def test_expected_speed_is_that_of_the_simulated_machine(gib, speeds):
 
 
 def test_what_the_limit_is():
-    plan = make_plan(MOON, "fp16", "fp16", 2048, 6 * GIB)
+    plan = make_plan(MOON, PLAIN, 2048, 6 * GIB)
     assert plan.decode(SPEEDS).limit == "disk" and plan.decode(replace(SPEEDS, disk=100e9)).limit == "memory"
     for disk in (1e9, 2e9, 3e9):  # where the disk is far slower than the rest, it never rests
         speeds = replace(SPEEDS, disk=disk)
         assert plan.decode(speeds).tokens_s == pytest.approx(disk / plan.disk_bytes, rel=0.01)
-    everything = make_plan(MOON, "fp16", "fp16", 2048, 40 * GIB)
+    everything = make_plan(MOON, PLAIN, 2048, 40 * GIB)
     assert everything.decode(SPEEDS).tokens_s == pytest.approx(30e9 / everything.memory_bytes)
 
 
 def test_spreading_hides_the_disk():
     """With some blocks streamed and everything about as fast to read as to compute, hardly anything is waited for."""
     for gib in (18, 24, 28):
-        plan = make_plan(MOON, "fp16", "fp16", 2048, gib * GIB)
+        plan = make_plan(MOON, PLAIN, 2048, gib * GIB)
         moved = plan.memory_bytes + plan.disk_bytes
         speeds = replace(SPEEDS, disk=SPEEDS.memory * plan.disk_bytes / moved)
         assert plan.decode(speeds).tokens_s > 0.85 * speeds.memory / moved
 
 
 def test_prefill_is_bound_by_arithmetic_or_by_the_disk():
-    plan = make_plan(MOON, "fp16", "fp16", 2048, 6 * GIB)
+    plan = make_plan(MOON, PLAIN, 2048, 6 * GIB)
     slow, fast = plan.prefill(SPEEDS), plan.prefill(replace(SPEEDS, arithmetic=1e15))
     assert slow.limit == "arithmetic" and slow.tokens_s == pytest.approx(100e9 / (2 * 34 * 12 * 6144**2), rel=0.01)
     assert fast.limit == "disk" and fast.tokens_s == pytest.approx(512 / (plan.disk_bytes / 2e9), rel=0.01)
@@ -191,7 +194,7 @@ def test_prefill_is_bound_by_arithmetic_or_by_the_disk():
 
 def spared(monkeypatch, available: int, context: int = 2048) -> Plan:
     monkeypatch.setattr(machine, "memory", lambda: machine.Memory(64 * GIB, available))
-    return plan_for(SimpleNamespace(config=MOON, dtype="fp16", head_dtype="fp16"), context)
+    return plan_for(SimpleNamespace(config=MOON, coding=PLAIN), context)
 
 
 def test_by_default_what_the_machine_can_spare(monkeypatch):
@@ -205,7 +208,7 @@ def test_by_default_what_the_machine_can_spare(monkeypatch):
 
 def test_a_budget_is_taken_at_its_word(monkeypatch):
     monkeypatch.setattr(machine, "memory", lambda: pytest.fail("asked"))
-    weights = SimpleNamespace(config=MOON, dtype="int8", head_dtype="int8")
+    weights = SimpleNamespace(config=MOON, coding=Coding("int8", "int8"))
     assert plan_for(weights, 2048, "6GiB").budget == plan_for(weights, 2048, 6 * GIB).budget == 6 * GIB
     with pytest.raises(MossError, match="'lots' is not a size"):
         plan_for(weights, 2048, "lots")

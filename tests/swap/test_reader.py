@@ -20,7 +20,7 @@ from moss_jt import MossError
 from moss_jt.swap import parts, reader
 from moss_jt.swap.host import Rows
 from moss_jt.swap.reader import File, Worker, allocate
-from moss_jt.weights.layout import ALIGN, BITS, Tensor, matrix
+from moss_jt.weights.layout import ALIGN, BITS, PANEL, Tensor, matrix
 from moss_jt.weights.store import Region
 
 SIZE = 3 * ALIGN + 1234
@@ -240,8 +240,8 @@ def test_rows_are_cut_out_exactly(data):
         Tensor("lm_head.bias", "F32", (n,)),
     ]
     file = np.random.default_rng(0).integers(0, 256, sum(t.nbytes for t in tensors), np.uint8)
-    first = data.draw(st.integers(0, n))
-    end = data.draw(st.integers(first, n))
+    first = PANEL * data.draw(st.integers(0, n // PANEL))
+    end = min(n, first + PANEL * data.draw(st.integers(0, n // PANEL + 1)))
     part = parts.rows(tensors, "lm_head.weight", first, end)
     names = []
     for span in part.spans:
@@ -249,9 +249,11 @@ def test_rows_are_cut_out_exactly(data):
         (tensor,) = span.tensors
         whole = next(t for t in tensors if t.name == tensor.name)
         at = sum(t.nbytes for t in tensors[: tensors.index(whole)])
-        rows = file[at : at + whole.nbytes].reshape(n, -1)[first:end]
+        together = 1 if whole.name == "lm_head.weight" else PANEL
+        a, b = first // together, -(-end // together)
+        rows = file[at : at + whole.nbytes].reshape(whole.shape[0], -1)[a:b]
         assert file[span.offset : span.offset + span.nbytes][span.shift :].tobytes() == rows.tobytes()
-        assert tensor.shape == (end - first, *whole.shape[1:]) and tensor.dtype == whole.dtype
+        assert tensor.shape == (b - a, *whole.shape[1:]) and tensor.dtype == whole.dtype
         names.append(tensor.name)
     assert names == [t.name for t in tensors if t.name.startswith("lm_head.weight")]
     assert part.room <= parts.room_for_rows(tensors, "lm_head.weight", end - first)

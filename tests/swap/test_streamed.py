@@ -138,6 +138,7 @@ def test_any_order_of_prompts_and_interruptions(weights, expected):
             with pytest.raises(KeyError), stopped_at(model, int(rng.integers(0, 5))):
                 model.sequence.truncate(0)
                 model.logits(ids)
+            resident.sequence.truncate(0)  # how many tokens are evaluated at once decides how they are rounded
         else:
             assert np.array_equal(model.logits(ids), resident.logits(ids))
 

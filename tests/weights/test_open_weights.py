@@ -43,7 +43,7 @@ def block() -> list[Tensor]:
 def test_a_whole_one(folder):
     weights = open_weights(folder)
     assert weights.config == Config.from_dict(CONFIG)
-    assert weights.dtype == "fp16"
+    assert weights.coding.is_fp16
     assert list(weights.regions) == ["wte.safetensors", "block-00.safetensors", "block-01.safetensors", "head.safetensors"]
     assert weights.nbytes == sum(t.nbytes for tensors in files_of(weights.config).values() for t in tensors)
     assert is_converted(folder) and not is_converted(folder.parent / "src")
@@ -89,9 +89,11 @@ def test_an_official_one_says_how_to_convert_it(folder):
 @pytest.mark.parametrize(
     ("key", "says"),
     [
-        ({"format": 2, "dtype": "fp16"}, "format 2, this moss-jt reads 1"),
+        ({"format": 1, "dtype": "fp16"}, "format 1, this moss-jt reads 2"),
         ({"dtype": "fp16"}, "format None"),
-        ({"format": 1, "dtype": "int3"}, "dtype 'int3'"),
+        ({"format": 2, "dtype": "int3"}, "dtype 'int3'"),
+        ({"format": 2, "dtype": "int4", "group_size": 100}, "group_size is 100"),
+        ({"format": 2, "dtype": "int4", "group_size": 256}, "group_size is 256"),
         ("yes", "not converted yet"),
     ],
 )

@@ -1,0 +1,43 @@
+"""How int8 and int4 matrices lie in a file: sixteen rows together, a group of inputs after the other (docs/formats.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from ..weights.layout import PANEL
+
+
+class Quantised(NamedTuple):
+    """N rows of G groups of S inputs, row by row: q uint8 (N, G, S), scale float16 (N, G), zero uint8 (N, G)."""
+
+    q: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray
+
+
+def in_panels(parts: Iterable[Quantised], bits: int) -> Iterator[Quantised]:
+    """The same rows as they are stored, P panels at a time: q (P, G, S·bits/32, 64), scale and zero (P, G, 16). Rows that the
+    last panel lacks are zeros."""
+    kept: list[Quantised] = []
+    for part in parts:
+        kept.append(part)
+        if (count := sum(len(p.q) for p in kept)) >= PANEL:
+            rows = Quantised(*map(np.concatenate, zip(*kept)))
+            whole = count // PANEL * PANEL
+            yield _pack(Quantised(*(x[:whole] for x in rows)), bits)
+            kept = [Quantised(*(x[whole:] for x in rows))]
+    rows = Quantised(*map(np.concatenate, zip(*kept)))
+    if missing := -len(rows.q) % PANEL:
+        yield _pack(Quantised(*(np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for x in rows)), bits)
+
+
+def _pack(rows: Quantised, bits: int) -> Quantised:
+    n, groups, group = rows.q.shape
+    q = rows.q.reshape(n // PANEL, PANEL, groups, group * bits // 32, 32 // bits)
+    if bits == 4:
+        q = q[..., 0::2] | q[..., 1::2] << 4
+    scale, zero = (x.reshape(n // PANEL, PANEL, groups).transpose(0, 2, 1) for x in (rows.scale, rows.zero))
+    return Quantised(q.transpose(0, 2, 3, 1, 4).reshape(n // PANEL, groups, -1, 4 * PANEL), scale, zero)
