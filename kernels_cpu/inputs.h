@@ -71,8 +71,9 @@ inline Floats as_floats(const Columns& x) {
 
 // As 16-bit numbers with a scale for each token and each group of S inputs, two inputs in each 32 bits, for blocks of BLOCK
 // tokens (the last one may have fewer, then t below is less wide):
-//   values [block][G S / 2 pairs][t]   scales [block][G][t]   offsets [block][G][t]: scale times the sum of the numbers
-// Which two inputs are a pair is up to the weights. A number is off by 2^-16 of its group's largest at most.
+//   values [G][block][S / 2 pairs][t]   scales [G][T]   offsets [G][T]: scale times the sum of the numbers
+// A group's inputs lie together, since a tile of weights is used for all tokens group by group. Which two inputs are a pair is
+// up to the weights. A number is off by 2^-16 of its group's largest at most.
 struct Sixteen {
     int64_t T, K, S, G, block;
     int16_t* values;
@@ -80,9 +81,8 @@ struct Sixteen {
 
     int64_t blocks() const { return (T + block - 1) / block; }
     int64_t width(int64_t b) const { return std::min(block, T - b * block); }
-    const int16_t* values_of(int64_t b) const { return values + b * block * G * S; }
-    const float* scales_of(int64_t b) const { return scales + b * block * G; }
-    const float* offsets_of(int64_t b) const { return offsets + b * block * G; }
+    int64_t at(int64_t g, int64_t b) const { return g * T + b * block; }  // scale and offset of block b's first token
+    int16_t* values_of(int64_t g, int64_t b) const { return values + at(g, b) * S; }
 };
 
 inline Sixteen room_for_sixteen(int64_t T, int64_t K, int64_t S, int64_t block) {
@@ -126,9 +126,9 @@ void round_block(const Columns& x, const Sixteen& to, int64_t b, float most) {
             x.get(b * to.block + t, g * to.S, to.S, floats);
             int32_t total;
             const float scale = round_group(floats, to.S, most, numbers, &total);
-            to.scales[b * to.block * to.G + g * width + t] = scale;
-            to.offsets[b * to.block * to.G + g * width + t] = scale * total;
-            char* values = (char*)(to.values + b * to.block * to.G * to.S + g * to.S * width + 2 * t);
+            to.scales[to.at(g, b) + t] = scale;
+            to.offsets[to.at(g, b) + t] = scale * total;
+            char* values = (char*)(to.values_of(g, b) + 2 * t);
             for (int64_t j = 0; j < to.S / 2; j++) {
                 const uint32_t low = (uint16_t)numbers[first[j]], high = (uint16_t)numbers[first[j] + P::APART];
                 const uint32_t pair = low | high << 16;

@@ -8,7 +8,7 @@ namespace moss {
 
 const int ROWS = 2 * VEC;                  // of a tile
 const int MANY_BLOCK = VEC == 16 ? 8 : 5;  // tokens whose sums stay in registers
-const int64_t SHARE = 2;                   // tiles that share what is read of the inputs: 16 KiB of weights, 4 without AVX-512
+const int64_t SHARE = 8;                   // tiles that share what the L2 cache holds of the inputs
 
 // sums[t][ROWS] += a group of S inputs of a tile times a block of T tokens; values and scales as unpack and Sixteen have them.
 template <int T>
@@ -35,21 +35,20 @@ inline void multiply(const int16_t* w, const float* w_scales, const int16_t* x, 
     }
 }
 
-// sums[tile][t][ROWS] of `tiles` tiles, from row n on: group by group, each unpacked into the L1 cache and used for all tokens.
+// sums[tile][t][ROWS] of `tiles` tiles, from row n on: group by group, whose inputs stay in the L2 cache for all tiles, each
+// unpacked into the L1 cache and used for all tokens.
 template <class W>
 inline void many_rows(const W& w, const Sixteen& x, int64_t n, int64_t tiles, int16_t* values, float* scales, float* sums) {
     std::fill_n(sums, tiles * x.T * ROWS, 0.f);
-    for (int64_t g = 0; g < x.G; g++) {
-        for (int64_t i = 0; i < tiles; i++) w.template unpack<ROWS>(n + i * ROWS, g, values + i * x.S * ROWS, scales + i * ROWS);
-        for (int64_t b = 0; b < x.blocks(); b++)
-            with_constant<MANY_BLOCK>(x.width(b), [&](auto width) {
-                const int T = decltype(width)::value;
-                const int16_t* numbers = x.values_of(b) + g * x.S * T;
-                for (int64_t i = 0; i < tiles; i++)
-                    multiply<T>(values + i * x.S * ROWS, scales + i * ROWS, numbers, x.scales_of(b) + g * T, x.S,
-                                sums + (i * x.T + b * MANY_BLOCK) * ROWS);
-            });
-    }
+    for (int64_t g = 0; g < x.G; g++)
+        for (int64_t i = 0; i < tiles; i++) {
+            w.template unpack<ROWS>(n + i * ROWS, g, values, scales);
+            for (int64_t b = 0; b < x.blocks(); b++)
+                with_constant<MANY_BLOCK>(x.width(b), [&](auto width) {
+                    multiply<decltype(width)::value>(values, scales, x.values_of(g, b), x.scales + x.at(g, b), x.S,
+                                                     sums + (i * x.T + b * MANY_BLOCK) * ROWS);
+                });
+        }
 }
 
 // y[t, n] for rows n of w in [first, end), rows of y N long; then finish (linear.h).
@@ -60,8 +59,8 @@ void many(const W& w, const Columns& columns, float* y, int64_t first, int64_t e
     {
         static thread_local Scratch<int16_t> tile;
         static thread_local Scratch<float> tile_scales, tile_sums;
-        int16_t* values = tile.get(SHARE * x.S * ROWS);
-        float *scales = tile_scales.get(SHARE * ROWS), *sums = tile_sums.get(SHARE * x.T * ROWS);
+        int16_t* values = tile.get(x.S * ROWS);
+        float *scales = tile_scales.get(ROWS), *sums = tile_sums.get(SHARE * x.T * ROWS);
 #pragma omp for schedule(dynamic)
         for (int64_t b = 0; b < x.blocks(); b++) round_block<typename W::Pairs>(columns, x, b, w.norm());
 #pragma omp for schedule(dynamic)

@@ -43,7 +43,6 @@ struct WeightsGrouped {
     template <int R, int T>
     void few(const Sixteen& x, int64_t b, int64_t first, int64_t apart, float sums[T][16 * R]) const {
         const int A = T == 1 ? SLICES : T == 2 ? 2 : 1;  // sums of a group that are kept apart, for their latency's sake
-        const int16_t* values = x.values_of(b);
         vec whole[R][LANES][T];
         MOSS_UNROLL
         for (int r = 0; r < R; r++)
@@ -64,6 +63,7 @@ struct WeightsGrouped {
             const uint8_t* from[R];
             MOSS_UNROLL
             for (int r = 0; r < R; r++) from[r] = chunk(first + r * apart, g, 0);
+            const int16_t* values = x.values_of(g, b);
             for (int64_t c = 0; c < chunks(); c++, values += 2 * SLICES * T) {
                 pairs w[R][LANES];
                 MOSS_UNROLL
@@ -90,8 +90,8 @@ struct WeightsGrouped {
                         pairs all_of_it = acc[r][v][t][0];
                         MOSS_UNROLL
                         for (int a = 1; a < A; a++) all_of_it = add_sums(all_of_it, acc[r][v][t][a]);
-                        vec zeros = mul(z, all(x.offsets_of(b)[g * T + t]));
-                        vec sum = fms(to_vec(all_of_it), all(x.scales_of(b)[g * T + t]), zeros);
+                        vec zeros = mul(z, all(x.offsets[x.at(g, b) + t]));
+                        vec sum = fms(to_vec(all_of_it), all(x.scales[x.at(g, b) + t]), zeros);
                         whole[r][v][t] = fma(sum, s, whole[r][v][t]);
                     }
                 }
