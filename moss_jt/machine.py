@@ -83,6 +83,12 @@ def memory() -> Memory:
     return Memory(total, max(0, available))
 
 
+def peak_memory() -> int:
+    """The most memory that this process has had, as the operating system counts it."""
+    lines = (_PROC / "self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
 def disk_free(folder: str | Path) -> int:
     """Bytes an ordinary user can still write where ``folder`` is, or will be: it need not exist yet."""
     return shutil.disk_usage(existing_parent(folder)).free

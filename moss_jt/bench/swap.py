@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from .. import machine
 from ..errors import MossError
 from ..model import Model
 from ..sizes import gib
@@ -52,7 +53,7 @@ class Swap:
         token = plan.disk_bytes / self.batch
         return {
             "budget_bytes": self.budget,
-            "peak_memory_bytes": _peak_memory(),
+            "peak_memory_bytes": machine.peak_memory(),
             "context": plan.context,
             "batch": self.batch,
             "tokens_s": tokens_s,
@@ -77,9 +78,3 @@ def _sample(work: Sweeps, plan: Plan) -> tuple[float, float | None]:
     # What is being read ahead now must not slow down the limit, which is measured next.
     time.sleep(2 * plan.memory["slots"] / (plan.disk_bytes / work.batch * tokens_s))
     return tokens_s, None if before is None or after is None else (after - before) / tokens
-
-
-def _peak_memory() -> int:
-    """The most memory that this process has had, as the operating system counts it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
