@@ -46,7 +46,8 @@ class Silent:
     def push(self, _: int) -> str:
         return ""
 
-    finish = str
+    def finish(self) -> str:
+        return ""
 
 
 def answer(model: Model, prompt: list[int], new: int, drafts: bool) -> dict:
