@@ -20,21 +20,24 @@ inline void check(cudaError_t e, const char* what) {
     if (e != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(e));
 }
 
+inline void allow_shared(const void* kernel, const char* name, size_t bytes, size_t& allowed) {
+    if (bytes <= allowed) return;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes), name);
+    allowed = bytes;
+}
+
 }  // namespace moss_cuda
 
 // Starts `kernel`, in parentheses where its template arguments have commas. Throws std::runtime_error if it cannot be started.
 // More than 48 KB of shared memory have to be asked for, once for each kernel, so a launch's place must name one kernel only:
 // in a template, its arguments have to be the template's.
-#define MOSS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                              \
-    do {                                                                                                                         \
-        static size_t moss_allowed = 48 << 10;                                                                                   \
-        const size_t moss_shared = (shared_bytes);                                                                               \
-        if (moss_shared > moss_allowed) {                                                                                        \
-            moss_cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)moss_shared), #kernel); \
-            moss_allowed = moss_shared;                                                                                          \
-        }                                                                                                                        \
-        kernel<<<(grid), (block), moss_shared, (stream)>>>(__VA_ARGS__);                                                         \
-        moss_cuda::check(cudaGetLastError(), #kernel);                                                                           \
+#define MOSS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                       \
+    do {                                                                                  \
+        static size_t moss_allowed = 48 << 10;                                            \
+        const size_t moss_shared = (shared_bytes);                                        \
+        moss_cuda::allow_shared((const void*)(kernel), #kernel, moss_shared, moss_allowed); \
+        kernel<<<(grid), (block), moss_shared, (stream)>>>(__VA_ARGS__);                  \
+        moss_cuda::check(cudaGetLastError(), #kernel);                                    \
     } while (0)
 
 // The block's dynamic shared memory: T* name, aligned to 16 bytes.

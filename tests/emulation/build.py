@@ -36,8 +36,10 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "kernels_cuda"
 
-# -O2 with GCC's sanitizers as eyes only: memory.cc answers their calls, the libraries are not linked.
+# -O2 with GCC's sanitizers as eyes only: memory.cc answers their calls, the libraries are not linked. They do not see what the
+# compiler makes of a memcpy.
 SANITIZERS = ["-fsanitize=thread", "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"]
+SANITIZERS += [f"-fno-builtin-{name}" for name in ("memcpy", "memmove", "memset")]
 GCC = [
     os.environ.get("CXX", "g++"),
     "-std=c++14",
@@ -73,11 +75,11 @@ NUMBERS = {
 
 
 class KernelError(Exception):
-    """What a kernel did wrong: the kernel, the block and the thread, what, where in the source, and the seed that shows it again."""
+    """What a kernel did wrong: the kernel, the block and the thread, what, where in the source, and the seed that repeats it."""
 
 
 class Memory:
-    """Memory of the device that kernels may write. ``array``: its content; ``written``: of each byte, whether it may be read."""
+    """What kernels may write. ``array``: its content; ``written``: of each byte, whether it may be read."""
 
     def __init__(self, array: np.ndarray, written: np.ndarray):
         self.array, self.written = array, written
@@ -123,7 +125,7 @@ def _runtime(name: str) -> Path:
 
 
 def _kept(suffix: str, sources: list[Path], compile, *given) -> Path:
-    """The file that ``compile`` writes: made once, and found again while its sources, the compiler and ``given`` stay the same."""
+    """The file that ``compile`` writes: made once, and found again while sources, compiler and ``given`` are the same."""
     digest = hashlib.sha256(repr((given, GCC, SANITIZERS, _version())).encode())
     for path in sorted(sources):
         digest.update(path.read_bytes())
@@ -151,16 +153,16 @@ def _folder() -> Path:
 
 
 def _source(wrappers: str) -> str:
-    includes, functions = _split(wrappers)
-    visible = f'#pragma GCC visibility push(default)\nextern "C" {{\n{functions}\n}}\n'
-    return f'#include "device.cuh"\n{includes}\nusing namespace moss_cuda;\n{visible}'
-
-
-def _split(wrappers: str) -> tuple[str, str]:
-    """What comes before the first function that is not a template, a kernel or a helper, and from there on."""
+    """C++ in which lines have the numbers that they have in the wrappers. From the first function that is no kernel on,
+    nothing but functions for C follows."""
     lines = wrappers.splitlines()
     first = next(i for i, line in enumerate(lines) if re.match(r"void \w+\(", line))
-    return "\n".join(lines[:first]), "\n".join(lines[first:])
+    functions = f'#pragma GCC visibility push(default)\nextern "C" {{\n#line {first + 1} "wrappers"\n{_text(lines[first:])}}}\n'
+    return f'#include "device.cuh"\nusing namespace moss_cuda;\n#line 1 "wrappers"\n{_text(lines[:first])}{functions}'
+
+
+def _text(lines: list[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
 
 
 def run(*command: str) -> str:
@@ -202,7 +204,7 @@ class Kernels:
             raise KernelError(f"{self._with_lines(error)} [seed={seed}]")
 
     def _with_lines(self, error: str) -> str:
-        """The error, with places in the code as files and lines: the innermost of this repository's, without the emulation's."""
+        """The error, with places in the code as files and lines: the innermost ones outside of the emulation."""
 
         def line(match: re.Match) -> str:
             address = hex(int(match[1], 16) - 1)  # the call, not what it returns to

@@ -165,7 +165,10 @@ inline int cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t = null
 
 namespace moss_emulation {
 
-inline void sync_warp(const char* site, unsigned mask = ~0u) { warp_barrier(mask, site); }
+struct SyncWarp {
+    const char* site;
+    void operator()(unsigned mask = ~0u) const { warp_barrier(mask, site); }
+};
 
 struct Shuffle {
     uint64_t sent, received;
@@ -232,7 +235,7 @@ inline unsigned vote(const char* name, const char* site, unsigned mask, bool min
 
 }  // namespace moss_emulation
 
-#define __syncwarp(...) (::moss_emulation::sync_warp(MOSS_SITE, ##__VA_ARGS__))
+#define __syncwarp (::moss_emulation::SyncWarp{MOSS_SITE})
 #define __shfl_sync(...) (::moss_emulation::shuffle_from(MOSS_SITE, __VA_ARGS__))
 #define __shfl_up_sync(...) (::moss_emulation::shuffle_up(MOSS_SITE, __VA_ARGS__))
 #define __shfl_down_sync(...) (::moss_emulation::shuffle_down(MOSS_SITE, __VA_ARGS__))

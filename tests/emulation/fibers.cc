@@ -296,9 +296,8 @@ static bool possible(const char* name, const dim3& grid, const dim3& size, size_
         host_fails("%s: a block of (%u, %u, %u) threads is not possible", name, size.x, size.y, size.z);
     else if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
         host_fails("%s: a grid of (%u, %u, %u) blocks is not possible", name, grid.x, grid.y, grid.z);
-    else if (static_shared_bytes() > 48 << 10 || shared + static_shared_bytes() > shared_limit)
-        host_fails("%s: %zu bytes of shared memory are more than the %zu that this architecture has", name,
-                   shared + static_shared_bytes(), shared_limit);
+    else if (shared > shared_limit)
+        host_fails("%s: %zu bytes of shared memory are more than the %zu that this architecture has", name, shared, shared_limit);
     return error.empty();
 }
 

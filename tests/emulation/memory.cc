@@ -92,8 +92,6 @@ static void start() {
     dl_iterate_phdr(find_library, nullptr);
 }
 
-size_t static_shared_bytes() { return fixed.size; }
-
 static char* dynamic() { return device.base + GUARD; }
 
 void new_shared_memory(size_t bytes) {
@@ -131,6 +129,7 @@ static std::string code(const void* p) {
 
 static std::string described(const void* p) {
     const char* address = (const char*)p;
+    if (!p) return "what a null pointer leads to";
     if (is_dynamic(p)) return "byte " + std::to_string(address - dynamic()) + " of dynamic shared memory";
     if (fixed.has(p)) return "byte " + std::to_string(address - fixed.base) + " of static shared memory";
     for (const Allocation& a : allocations) {
@@ -392,7 +391,6 @@ static void undefined(const Location& at, const std::string& what) {
 }
 
 extern "C" void __ubsan_handle_type_mismatch_v1(Mismatch* m, size_t p) {
-    if (!p) return undefined(m->at, "a null pointer is followed");
     undefined(m->at, described((void*)p) + " is not aligned to " + std::to_string(1 << m->log_alignment) + " bytes");
 }
 extern "C" void __ubsan_handle_out_of_bounds(Location* at, size_t i) {

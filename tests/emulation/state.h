@@ -72,7 +72,6 @@ extern size_t shared_limit;
 uint64_t random_number();
 // Makes the shared memory of a new block: nothing in it is written yet.
 void new_shared_memory(size_t dynamic);
-size_t static_shared_bytes();
 void forget_accesses();
 void host_fails(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
