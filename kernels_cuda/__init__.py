@@ -1,0 +1,1 @@
+"""CUDA kernels: headers (*.cuh) without Jittor in them, which the ops include."""
