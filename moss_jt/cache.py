@@ -9,15 +9,22 @@ from .runtime import jittor
 
 
 class Cache:
-    """Room for the keys and values of ``places`` sequences of up to ``context`` tokens, in fp16."""
+    """Room for the keys and values of ``places`` sequences of up to ``context`` tokens, in fp16 or int8.
 
-    def __init__(self, config: Config, context: int, places: int = 1):
+    ``layers``: a list of Vars for each block, keys and values (places, H, context, S), in int8 also their scales, float32
+    (places, H, context) each: what the row of a token and a head is to be multiplied by.
+    """
+
+    def __init__(self, config: Config, context: int, places: int = 1, kv_cache: str = "fp16"):
         self.context = context
         shape = (config.n_layer, 2, places, config.n_head, context, config.head_size)
         # Zeroed pages cost nothing until they are written, so a long context is paid for as it fills.
-        self._memory = np.zeros(shape, np.float16)
+        if kv_cache == "int8":
+            self._memory = [np.zeros(shape, np.int8), np.zeros(shape[:-1], np.float32)]
+        else:
+            self._memory = [np.zeros(shape, np.float16)]
         wrap = jittor().core.reuse_np_array
-        self.layers = [(wrap(keys), wrap(values)) for keys, values in self._memory]  # Vars (places, H, context, S)
+        self.layers = [[wrap(part) for memory in self._memory for part in memory[i]] for i in range(config.n_layer)]
         self.sequences = [Sequence(self, place, context) for place in range(places)]
 
 

@@ -23,17 +23,22 @@ from .weights.layout import BITS
 class Model:
     """A MOSS, and the sequence it evaluated last. Not for use by several threads at once."""
 
-    def __init__(self, weights: Weights, context: int, plan: Plan | None = None):
-        """``context``: tokens to keep a cache for. ``plan``: which weights are in memory; without one, all are mapped."""
-        self.config, self.context = weights.config, context
+    def __init__(self, weights: Weights, context: int, plan: Plan | None = None, kv_cache: str = "fp16"):
+        """``context``: tokens to keep a cache for, and ``kv_cache``: in what. ``plan``: which weights are in memory; without
+        one, all are mapped."""
+        self.config, self.context, self.kv_cache = weights.config, context, kv_cache
         self._jt = jittor()
         coding, eps = weights.coding, self.config.layer_norm_epsilon
-        ops.prepare(coding)
+        ops.prepare(coding, kv_cache)
         self._weights = lender(weights, plan)
         self._block = _Once(lambda tensors: ops.Block(tensors, BITS[coding.dtype], eps))
         self._head = _Once(lambda tensors: ops.Head(tensors, BITS[coding.head_dtype], eps))
         self._angles = self._jt.array(ops.rotary_angles(context, self.config.rotary_dim))
-        self.sequence = Cache(self.config, context).sequences[0]
+        self.sequence = self.cache().sequences[0]
+
+    def cache(self, places: int = 1) -> Cache:
+        """An empty one for so many sequences."""
+        return Cache(self.config, self.context, places, self.kv_cache)
 
     @property
     def streams(self) -> bool:
@@ -86,9 +91,9 @@ class Model:
         table = np.array([(s.place, s.length, f, n) for (s, _), f, n in zip(parts, first, counts)], np.int32)
         rows = ops.sequences(table, first[-1], len(cache.sequences), cache.context)
         x = self._jt.array(self._weights.rows(np.concatenate([ids for _, ids in parts])))
-        for i, (keys, values) in enumerate(cache.layers):
+        for i, layer in enumerate(cache.layers):
             with self._weights.block(i) as tensors:
-                x = self._block(tensors)(x, self._angles, keys, values, rows)
+                x = self._block(tensors)(x, self._angles, layer, rows)
         return _split(x.numpy(), counts)
 
     def _logits(self, states: np.ndarray) -> np.ndarray:

@@ -90,5 +90,5 @@ if __name__ == "__main__":
     import moss_jt
     from moss_jt.cli import main
 
-    moss_jt.load = lambda folder, device="auto", context=2048, ram=None: FakeMoss(context, _echo_or_endless, delay=0.002)
+    moss_jt.load = lambda folder, device="auto", context=2048, ram=None, kv_cache="fp16": FakeMoss(context, _echo_or_endless, delay=0.002)
     main()
