@@ -56,6 +56,16 @@ class Moss:
     def context(self) -> int:
         return self.model.context
 
+    @property
+    def kv_cache(self) -> str:
+        """In what keys and values are kept: ``"fp16"`` or ``"int8"``."""
+        return self.model.kv_cache
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the keys and values of the last sequence take."""
+        return self.config.cache_bytes_per_token(self.kv_cache) * self.model.sequence.length
+
     def logits(self, ids: Iterable[int], last: int = 1) -> np.ndarray:
         """Logits of the last ``last`` positions of a sequence, float32 (last, V)."""
         return self.model.logits(list(ids), last)

@@ -125,7 +125,7 @@ class Session:
         if self.conversation.dropped > dropped:
             ui.note(f"(the context is full: MOSS no longer sees the first {ui.turns(self.conversation.dropped)})")
         if self.show_stats:
-            ui.stats(self.moss.last_stats)
+            ui.stats(self.moss)
         if self.interactive:
             ui.note("")
 
