@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from ..config import Config
+from ..config import KV_CACHES, Config
 from ..errors import MossError
 from ..weights import is_converted, open_weights
 from ..weights.layout import FORMAT, files_of
@@ -23,14 +23,14 @@ def describe(folder: Path) -> dict:
     converted = is_converted(folder)
     config = Config.read(folder)
     found = _converted(folder, config) if converted else _official(folder)
-    per_token = config.cache_bytes_per_token
+    per_token = {kv_cache: config.cache_bytes_per_token(kv_cache) for kv_cache in KV_CACHES}
     return {
         "folder": str(folder),
         "kind": "converted" if converted else "official",
         "config": asdict(config),
         "parameters": sum(math.prod(shape) for shape in official_shapes(config).values()),
         "cache_bytes_per_token": per_token,
-        "cache_bytes_at_n_ctx": per_token * config.n_ctx,
+        "cache_bytes_at_n_ctx": {kv_cache: size * config.n_ctx for kv_cache, size in per_token.items()},
         **found,
     }
 

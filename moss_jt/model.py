@@ -34,10 +34,11 @@ class Request(NamedTuple):
 class Model:
     """A MOSS, and the sequence it evaluated last. Not for use by several threads at once."""
 
-    def __init__(self, weights: Weights, context: int, plan: Plan | None = None):
-        """``context``: tokens to keep a cache for. ``plan``: which weights are in memory; without one, all are mapped."""
-        self.config, self.context = weights.config, context
-        self.device = Host(weights, context, plan)
+    def __init__(self, weights: Weights, context: int, plan: Plan | None = None, kv_cache: str = "fp16"):
+        """``context``: tokens to keep a cache for, and ``kv_cache``: in what. ``plan``: which weights are in memory; without
+        one, all are mapped."""
+        self.config, self.context, self.kv_cache = weights.config, context, kv_cache
+        self.device = Host(weights, context, plan, kv_cache)
         self.sequence = self.cache().sequences[0]
 
     @property
@@ -46,7 +47,7 @@ class Model:
         return self.device.streams
 
     def cache(self, places: int = 1) -> Cache:
-        """Room for so many sequences."""
+        """An empty one for so many sequences."""
         return self.device.cache(places)
 
     def logits(self, ids, last: int = 1) -> np.ndarray:

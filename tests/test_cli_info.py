@@ -52,7 +52,8 @@ def test_converted(tmp_path, info):
     assert (found["kind"], found["format"], found["dtype"], found["head_dtype"]) == ("converted", 3, "fp16", "fp16")
     assert found["parameters"] == PARAMETERS
     assert found["bytes"] == sum(p.stat().st_size for p in dst.glob("*.safetensors")) == sum(f["bytes"] for f in found["files"])
-    assert found["cache_bytes_per_token"] == 5 * 2 * 16 * 2 and found["cache_bytes_at_n_ctx"] == 32 * 5 * 2 * 16 * 2
+    assert found["cache_bytes_per_token"] == {"fp16": 5 * 2 * 16 * 2, "int8": 5 * 2 * (16 + 4 * 4)}
+    assert found["cache_bytes_at_n_ctx"] == {kv: 32 * size for kv, size in found["cache_bytes_per_token"].items()}
     block = next(f for f in found["files"] if f["name"] == "block-04.safetensors")
     assert block["tensors"][2] == {"name": "in.weight", "dtype": "F16", "shape": [112, 16]}
 
@@ -87,7 +88,7 @@ def test_what_people_see(tmp_path, info):
     assert code == 0
     for text in (
         "format 3, fp16, lm_head in fp16",
-        "320 bytes a token",
+        "320 bytes a token in fp16",
         "block-00.safetensors",
         "3 more blocks",
         "block-04",

@@ -25,20 +25,22 @@ _SECONDS, _HOLLOW_SECONDS = 0.3, 0.03  # a sample lasts, or one sweep
 
 @dataclass(frozen=True)
 class Decode:
-    """``batch`` tokens a sweep, with ``used`` in the cache."""
+    """``batch`` tokens a sweep, with ``used`` in a cache in fp16 or int8."""
 
     used: int = 128
     batch: int = 1
+    kv_cache: str = "fp16"
 
     def check(self, shape: Shape, folder: Path) -> None:
         """Raises MossError where so many tokens, or the weights in ``folder``, do not fit."""
         if self.used + self.batch > shape.config.n_ctx:
             raise MossError(f"{self.used} tokens and {self.batch} more do not fit the model's context of {shape.config.n_ctx}")
-        page_cache.check_room(shape, folder)
+        page_cache.check_room(shape, folder, self.kv_cache)
 
     def run(self, weights: Weights, threads: int, repeat: int) -> dict:
         page_cache.fill(weights)
-        work, hollow = Sweeps(Model(weights, weights.config.n_ctx), self.used, self.batch), _hollow(weights, self.batch)
+        model = Model(weights, weights.config.n_ctx, kv_cache=self.kv_cache)
+        work, hollow = Sweeps(model, self.used, self.batch), _hollow(weights, self.batch, self.kv_cache)
         limit = limits.memory_read(threads)
         samples, memory = in_turn(limit, lambda: (work.tokens_s(), hollow.tokens_s(_HOLLOW_SECONDS)), repeat)
         tokens_s, hollow_tokens_s = map(list, zip(*samples))
@@ -46,6 +48,7 @@ class Decode:
         return {
             "context_used": self.used,
             "batch": self.batch,
+            "kv_cache": self.kv_cache,
             "tokens_s": tokens_s,
             "bytes_per_token": token,
             **compared(limit, [token * speed for speed in tokens_s], memory),
@@ -55,7 +58,8 @@ class Decode:
 
     def token_bytes(self, shape: Shape) -> float:
         """Weights and cache that a sweep reads, for each of its tokens."""
-        return (shape.token_bytes + shape.config.cache_bytes_per_token * (self.used + self.batch)) / self.batch
+        cache = shape.config.cache_bytes_per_token(self.kv_cache) * (self.used + self.batch)
+        return (shape.token_bytes + cache) / self.batch
 
 
 class Sweeps:
@@ -77,11 +81,11 @@ class Sweeps:
         return rate(self.sweep, self.batch, seconds)
 
 
-def _hollow(weights: Weights, batch: int) -> Sweeps:
+def _hollow(weights: Weights, batch: int, kv_cache: str) -> Sweeps:
     """The same over as many blocks with next to no weights: its time is Python's, Jittor's, and that of starting threads."""
     config = Config(weights.config.n_layer, n_embd=8, n_head=4, n_inner=8, rotary_dim=2, n_ctx=batch, vocab_size=8)
     with random_checkpoint(Shape(config, weights.coding), Path(tempfile.gettempdir())) as folder:
-        return Sweeps(Model(open_weights(folder), batch), 0, batch)
+        return Sweeps(Model(open_weights(folder), batch, kv_cache=kv_cache), 0, batch)
 
 
 def _sampling_seconds(work: Sweeps) -> float:

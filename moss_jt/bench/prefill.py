@@ -19,24 +19,27 @@ _SECONDS = 0.3  # a sample lasts, or one prompt
 
 @dataclass(frozen=True)
 class Prefill:
-    """``prompt`` tokens into an empty cache, up to the logits of the last one."""
+    """``prompt`` tokens into an empty cache, in fp16 or int8, up to the logits of the last one."""
 
     prompt: int = 128
+    kv_cache: str = "fp16"
 
     def check(self, shape: Shape, folder: Path) -> None:
         """Raises MossError where so many tokens, or the weights in ``folder``, do not fit."""
         if self.prompt > shape.config.n_ctx:
             raise MossError(f"a prompt of {self.prompt} tokens does not fit the model's context of {shape.config.n_ctx}")
-        page_cache.check_room(shape, folder)
+        page_cache.check_room(shape, folder, self.kv_cache)
 
     def run(self, weights: Weights, threads: int, repeat: int) -> dict:
         page_cache.fill(weights)
-        work, limit = Prompts(Model(weights, weights.config.n_ctx), self.prompt), limits.multiply_add(threads)
+        model = Model(weights, weights.config.n_ctx, kv_cache=self.kv_cache)
+        work, limit = Prompts(model, self.prompt), limits.multiply_add(threads)
         tokens_s, arithmetic = in_turn(limit, work.tokens_s, repeat)
         shape = Shape.of(weights)
         token = shape.prompt_operations(self.prompt) / self.prompt
         return {
             "prompt": self.prompt,
+            "kv_cache": self.kv_cache,
             "tokens_s": tokens_s,
             "GFLOP_per_token": token / 1e9,
             **compared(limit, [token * speed for speed in tokens_s], arithmetic),

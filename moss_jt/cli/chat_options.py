@@ -12,7 +12,7 @@ import click
 from ..chat import MAX_NEW_TOKENS
 from ..errors import MossError
 from . import ui
-from .size import CONTEXT, RAM
+from .size import CONTEXT, KV_CACHE, RAM
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def shared_options(command: Callable) -> Callable:
         click.option("--system", type=TEXT, metavar="TEXT|@FILE", help="In place of MOSS's meta instruction."),
         *(_option(name, setting) for name, setting in SETTINGS.items()),
         CONTEXT,
+        KV_CACHE,
         RAM,
         click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="What computes."),
     ]
@@ -85,7 +86,7 @@ def check_options(settings: dict[str, Any]) -> None:
         raise click.UsageError(str(e)) from None
 
 
-def load_model(folder: str, device: str, context: int, ram: int | None) -> Any:
+def load_model(folder: str, device: str, context: int, ram: int | None, kv_cache: str) -> Any:
     """The model in ``folder``; at a terminal, a line says what is being waited for. Raises MossError."""
     from .. import load
 
@@ -93,7 +94,7 @@ def load_model(folder: str, device: str, context: int, ram: int | None) -> Any:
         raise MossError("stdout is closed, so there is nowhere to print an answer")
     if ui.is_terminal(sys.stderr):
         ui.note(f"Loading {folder} …")
-    return load(folder, device=device, context=context, ram=ram)
+    return load(folder, device=device, context=context, ram=ram, kv_cache=kv_cache)
 
 
 def system_text(text: str) -> str:

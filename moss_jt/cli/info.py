@@ -63,7 +63,10 @@ def _summary(found: dict) -> Table:
         "on disk": f"{size(found['bytes'])} of weights",
         "blocks": f"{c['n_layer']}, each {c['n_embd']} wide with {c['n_head']} heads and an MLP of {c['n_inner']}",
         "vocabulary": f"{c['vocab_size']:,}",
-        "KV cache": f"{found['cache_bytes_per_token']:,} bytes a token, {size(found['cache_bytes_at_n_ctx'])} at {c['n_ctx']}",
+        "KV cache": "\n".join(
+            f"{count:,} bytes a token in {kv_cache}, {size(found['cache_bytes_at_n_ctx'][kv_cache])} at {c['n_ctx']}"
+            for kv_cache, count in found["cache_bytes_per_token"].items()
+        ),
     }
     table = _table()
     for name, value in rows.items():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
 import numpy as np
 
 from .. import cudart, ops
-from ..cache import Cache
+from ..cache import Cache, parts_of
 from ..ops.sweep import MOST_LIKELIEST, MOST_ROWS, Space, Sweeps
 from ..runtime import jittor
 from ..sampling import Likeliest
@@ -16,7 +16,7 @@ from ..swap.host import Rows
 from ..swap.parts import pages
 from ..swap.reader import File
 from ..weights import Weights
-from ..weights.layout import ALIGN, HEAD_FILE, WTE_FILE, Tensor, block_file
+from ..weights.layout import HEAD_FILE, WTE_FILE, Tensor, block_file
 from ..weights.store import Region
 from .sweep import Row, Sweep
 
@@ -46,8 +46,15 @@ class Cuda:
         self._embedded = [(cudart.pinned(rows).view(np.float16).reshape(CHUNK, -1), cudart.Event()) for _ in range(2)]
 
     def cache(self, places: int) -> DeviceCache:
-        space = cudart.Memory(self._sweeps.space_bytes(CHUNK, places))
-        return DeviceCache(self._config, self._context, places, self._kv_cache, self._sweeps, self._blocks, space)
+        """Room on the device, and the work space for sweeps over it. Raises OutOfDeviceMemory."""
+        parts = [
+            (np.zeros(shape[2:], dtype).nbytes, cudart.Memory(math.prod(shape) * np.dtype(dtype).itemsize))
+            for shape, dtype in parts_of(self._config, self._context, places, self._kv_cache)
+        ]
+        layers = [[m.pointer + (2 * i + half) * size for size, m in parts for half in (0, 1)] for i in range(len(self._blocks))]
+        memory = cudart.Memory(self._sweeps.space_bytes(CHUNK, places))
+        table = self._sweeps.table(self._blocks, layers)
+        return DeviceCache(self._context, places, table, [memory, *parts], Space.of(memory.pointer, CHUNK, places))
 
     def sweep(self, cache: DeviceCache, sweep: Sweep) -> list[np.ndarray | Likeliest]:
         """For each of the rows, float32 (V,), or the likeliest where those are enough."""
@@ -56,7 +63,7 @@ class Cuda:
             self._embedded.reverse()
             used.synchronize()
             self._rows.read_into(embedded[: len(sweep.ids)], sweep.ids)
-            self._sweeps.blocks(cache.blocks, sweep.table, len(sweep.ids), embedded, cache.space)
+            self._sweeps.blocks(cache.layers, sweep.table, len(sweep.ids), embedded, cache.space)
             used.record()
             found = []
             for first in range(0, len(sweep.rows), MOST_ROWS):
@@ -74,10 +81,11 @@ class Cuda:
 
 
 class DeviceCache(Cache):
-    """Keys and values on the device, and what sweeps over them need there."""
+    """Keys and values on the device. ``layers``: the table of blocks that sweeps over it take; ``space``: theirs to work in."""
 
-    def __init__(self, config, context: int, places: int, kv_cache: str, sweeps: Sweeps, blocks: list, space: cudart.Memory):
-        ...
+    def __init__(self, context: int, places: int, layers: np.ndarray, memory: list, space: Space):
+        super().__init__(context, places, layers, memory)
+        self.space = space
 
 
 class _Loader:

@@ -38,22 +38,35 @@ using namespace moss_cuda;
 const auto at = [&](const char* name) { return reinterpret_cast<char*>(static_cast<uintptr_t>(data[name])); };
 const Model& model = *(const Model*)at("model");
 """
-_SPACE = "Space space(model, (int64_t)data[\"tokens\"], MOST_ROWS, (int64_t)data[\"few\"], at(\"space\"));"
+_SPACE = 'Space space(model, (int64_t)data["tokens"], MOST_ROWS, (int64_t)data["few"], at("space"));'
 _BYTES = _SETUP + _SPACE + "send(out_p, &space.bytes, 8, 0);"
-_BLOCKS = _SETUP + _SPACE + """
+_BLOCKS = (
+    _SETUP
+    + _SPACE
+    + """
 run_blocks(model, (const Block*)at("blocks"), (int64_t)data["n"], (const half*)at("embedded"), (const Sequence*)at("sequences"),
            (int64_t)data["n_sequences"], (int64_t)data["T"], space, 0);
 """
-_LOGITS = _SETUP + _SPACE + """
+)
+_LOGITS = (
+    _SETUP
+    + _SPACE
+    + """
 run_head(model, *(const Head*)at("head"), (const int32_t*)at("rows"), out_shape0, out_p, space, 0);
 """
-_TOP = _SETUP + _SPACE + """
+)
+_TOP = (
+    _SETUP
+    + _SPACE
+    + """
 run_head(model, *(const Head*)at("head"), (const int32_t*)at("rows"), out_shape1, space.logits, space, 0);
 run_top(model, *(const Penalties*)at("penalties"), (const int32_t*)at("ids"), out_shape1, out_shape2, out_p, space, 0);
 """
+)
+
 
 class Space(NamedTuple):
-    """Work space on the device for sweeps of up to ``tokens`` tokens, of which ``few`` are of sequences that have few new ones."""
+    """Work space on the device for sweeps of up to ``tokens`` tokens, ``few`` of them of sequences that have few new ones."""
 
     address: int
     tokens: int
@@ -83,8 +96,8 @@ class Sweeps:
         return int(high) << 32 | int(low)
 
     def table(self, blocks: list[dict[str, int]], cache: list[tuple[int, ...]]) -> np.ndarray:
-        """The blocks: addresses of each one's tensors, as docs/formats.md names them, and of its keys, values and, in int8, their
-        scales."""
+        """The blocks: addresses of each one's tensors, as docs/formats.md names them, and of its keys, values and, in int8,
+        their scales."""
         table = np.zeros(len(blocks), _BLOCK)
         for row, tensors, parts in zip(table, blocks, cache):
             _fill(row, tensors)
@@ -114,7 +127,9 @@ class Sweeps:
         """float32 (R, V) of at most MOST_ROWS of the last sweep's tokens."""
         return self._run((len(rows), int(head["rows"][0])), _LOGITS, space, {"head": head, "rows": np.array(rows, np.int32)})
 
-    def likeliest(self, head: np.ndarray, rows: list[int], k: int, seen: list[np.ndarray], penalties: list[float], space: Space):
+    def likeliest(
+        self, head: np.ndarray, rows: list[int], k: int, seen: list[np.ndarray], penalties: list[float], space: Space
+    ):
         """float32 (2, R, k): of each row the k highest logits, and their ids as the bits of int32.
 
         seen: the ids whose logits are penalised, all different, and ``penalties`` by how much (sampling.penalised).
@@ -122,7 +137,12 @@ class Sweeps:
         listed = np.zeros(1, _PENALTIES)
         listed["start"][0, 1 : len(rows) + 1] = np.cumsum([len(ids) for ids in seen])
         listed["by"][0, : len(rows)] = penalties
-        given = {"head": head, "rows": np.array(rows, np.int32), "penalties": listed, "ids": np.concatenate(seen).astype(np.int32)}
+        given = {
+            "head": head,
+            "rows": np.array(rows, np.int32),
+            "penalties": listed,
+            "ids": np.concatenate(seen).astype(np.int32),
+        }
         return self._run((2, len(rows), k), _TOP, space, given)
 
     def _run(self, shape: tuple[int, ...], call: str, space: Space, given: dict, **numbers: float):

@@ -86,6 +86,17 @@ def test_decode(as_json):
     assert found["overhead_share"] > 0 and 0 < found["sampling_seconds"] < 1
 
 
+def test_an_int8_cache(as_json, run, model):
+    found = {}
+    for kv_cache in ("fp16", "int8"):
+        found[kv_cache] = as_json("decode", "-m", model, "--context-used", 49, "--repeat", 1, "--kv-cache", kv_cache)
+        assert found[kv_cache]["kv_cache"] == kv_cache
+    saved = 50 * 3 * 2 * (2 * 256 - (256 + 4 * 4))
+    assert found["fp16"]["bytes_per_token"] - found["int8"]["bytes_per_token"] == saved
+    assert as_json("prefill", "-m", model, "--prompt", 8, "--repeat", 1, "--kv-cache", "int8")["kv_cache"] == "int8"
+    assert "KV cache int8, " in run("prefill", "-m", model, "--prompt", 8, "--repeat", 1, "--kv-cache", "int8")[1]
+
+
 def test_several_tokens_share_the_bytes_of_a_sweep(as_json, model):
     one, four = (as_json("decode", "-m", model, "--context-used", 60 - n, "--batch", n, "--repeat", 1) for n in (1, 4))
     assert four["bytes_per_token"] == one["bytes_per_token"] / 4 and four["model"] == str(model) and four["layers"] == 3
