@@ -11,7 +11,7 @@ import moss_jt
 from moss_jt import MossError, ops
 from moss_jt.cache import Cache
 from moss_jt.config import Config
-from moss_jt.model import Model
+from moss_jt.model import Model, Request
 from moss_jt.moss import Moss
 from moss_jt.runtime import jittor
 from moss_jt.weights import open_weights
@@ -97,9 +97,9 @@ def test_several_sequences(random_model, exact):
     sequences = model.cache(places=3).sequences
     ids = [np.random.default_rng().integers(0, 120, n) for n in (50, 7, 23)]
     for parts in ((5, 6, 1), (20, 7, 2), (50, 7, 23)):
-        got = model.evaluate([(s, i[:n], 4) for s, i, n in zip(sequences, ids, parts)])
+        got = model.evaluate([Request(s, i[:n], 4) for s, i, n in zip(sequences, ids, parts)])
         for logits, i, n in zip(got, ids, parts):
-            assert error(logits, exact(config, state, i[:n])[-4:]) < 1e-3
+            assert error(np.array(logits), exact(config, state, i[:n])[-4:]) < 1e-3
 
 
 @pytest.mark.parametrize(("kv_cache", "row"), [("fp16", 2 * 12), ("int8", 12 + 4)])
@@ -117,7 +117,7 @@ def test_an_op_refuses_a_cache_of_another_shape(random_model):
     jt = jittor()
     x, angles = jt.zeros((1, config.n_embd)), jt.array(ops.rotary_angles(CONTEXT, config.rotary_dim))
     short = jt.zeros((1, config.n_head, CONTEXT - 1))
-    with model._weights.block(0) as tensors:
+    with model.device.weights.block(0) as tensors:
         block = ops.Block(tensors, 16, 1e-5)
         for wrong, name in (([*layer[:3], short], "value_scales"), ([layer[0], short, *layer[2:]], "values")):
             with pytest.raises(ValueError, match=f"^block: {name} is float32 .* expected"):
