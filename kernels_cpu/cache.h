@@ -34,20 +34,19 @@ struct CacheI8 {
     vec load_n(int64_t i, int n) const { return load_i8_n(numbers + i, n); }
     float scale(int64_t row) const { return scales[row]; }
     void put(int64_t row, const float* x, int64_t S) const {
-        vec size = zero();
-        for (int64_t i = 0; i < S; i += VEC) {
-            const vec v = moss::load_n(x + i, (int)std::min<int64_t>(VEC, S - i));
-            size = higher(size, higher(v, sub(zero(), v)));
-        }
+        const int64_t whole = S / VEC * VEC;
+        const int rest = (int)(S - whole);
+        vec size = rest ? absolute(moss::load_n(x + whole, rest)) : zero();
+        for (int64_t i = 0; i < whole; i += VEC) size = higher(size, absolute(moss::load(x + i)));
         const float most = highest(size);
         const bool nothing = most < 1e-35f;  // whose inverse would not be a float
         const vec by = all(nothing ? 0 : 127 / most);
         scales[row] = nothing ? 0 : most / 127;
-        for (int64_t i = 0; i < S; i += VEC) {
-            const int n = (int)std::min<int64_t>(VEC, S - i);
-            store_i8_n(numbers + row * S + i, mul(moss::load_n(x + i, n), by), n);
-        }
+        int8_t* to = numbers + row * S;
+        for (int64_t i = 0; i < whole; i += VEC) store_i8_n(to + i, mul(moss::load(x + i), by), VEC);
+        if (rest) store_i8_n(to + whole, mul(moss::load_n(x + whole, rest), by), rest);
     }
+    static vec absolute(vec v) { return higher(v, sub(zero(), v)); }
 };
 
 }  // namespace moss

@@ -35,8 +35,8 @@ class Model:
     """A MOSS, and the sequence it evaluated last. Not for use by several threads at once."""
 
     def __init__(self, weights: Weights, context: int, plan: Plan | None = None, kv_cache: str = "fp16"):
-        """``context``: tokens to keep a cache for, and ``kv_cache``: in what. ``plan``: which weights are in memory; without
-        one, all are mapped."""
+        """``context``: tokens to keep a cache for, and ``kv_cache``: in what, fp16 or int8. ``plan``: which weights are in
+        memory; without one, all are mapped."""
         self.config, self.context, self.kv_cache = weights.config, context, kv_cache
         self.device = Host(weights, context, plan, kv_cache)
         self.sequence = self.cache().sequences[0]

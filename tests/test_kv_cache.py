@@ -198,5 +198,5 @@ def test_logits_and_likelihoods_hardly_change(trained, golden):
             likelihoods[kv_cache].append(-of_answer.mean())
         learned = found["fp16"] > -5000
         changes.append(error(found["int8"][learned], found["fp16"][learned]))
-    assert 1e-4 < max(changes) < 1.5e-2
-    assert abs(np.mean(likelihoods["int8"]) - np.mean(likelihoods["fp16"])) < 1e-4
+    assert 1e-4 < max(changes) < 1e-2
+    assert abs(np.mean(likelihoods["int8"]) - np.mean(likelihoods["fp16"])) < 5e-6
