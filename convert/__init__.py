@@ -18,15 +18,16 @@ __all__ = ["export", "plan_export", "plan_weights", "weights"]
 def weights(
     src: str | Path,
     dst: str | Path,
-    dtype: str = "fp16",
+    dtype: str | None = None,
     head_dtype: str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Convert the official checkpoint ``src``, a folder or a Hub id (``revision``: its branch, tag or commit), to ``dst``.
 
-    ``dtype``: what the blocks' matrices are stored as: fp16, int8 or int4. ``head_dtype``: the same for lm_head; by default
-    int8, or fp16 where the blocks are. For int8 and int4 ``src`` may also be one of ours in fp16.
+    ``dtype``: what the blocks' matrices are stored as: fp16, int8 or int4; by default fp16. ``head_dtype``: the same for
+    lm_head; by default int8, or fp16 where the blocks are. For int8 and int4 ``src`` may also be one of ours in fp16. One
+    that is quantised with GPTQ keeps its numbers, and lm_head in fp16 unless ``head_dtype`` says otherwise.
     ``progress(done, total)`` is called with bytes now and then. ``dst`` appears when it is complete; stopped before that, the
     same call goes on where it was. Does nothing if ``dst`` is already what this source gives. Returns ``dst``. Raises
     MossError for whatever the user can mend.
@@ -57,7 +58,7 @@ def export(
 def plan_weights(
     src: str | Path,
     dst: str | Path,
-    dtype: str = "fp16",
+    dtype: str | None = None,
     head_dtype: str | None = None,
     revision: str | None = None,
     download: bool = True,
