@@ -218,6 +218,11 @@ class Gptq:
         return max(int(np.bincount(m.groups).max()) for m in self._matrices.values())
 
     @property
+    def act_order(self) -> bool:
+        """Whether inputs of a group do not lie together."""
+        return any((np.diff(m.groups) < 0).any() for m in self._matrices.values())
+
+    @property
     def notes(self) -> list[str]:
         """What the configs say and the tensors do not bear out."""
         wrong = []

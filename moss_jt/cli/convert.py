@@ -27,16 +27,16 @@ def command() -> None:
 @command.command()
 @click.argument("src")
 @click.argument("dst", type=click.Path())
-@click.option("--dtype", type=click.Choice(_DTYPES), default="fp16", show_default=True, help="How weights are stored.")
-@click.option("--head-dtype", type=click.Choice(_DTYPES), help="How lm_head is stored.  [default: int8; fp16 with fp16 blocks]")
+@click.option("--dtype", type=click.Choice(_DTYPES), help="How weights are stored.  [default: fp16; from GPTQ, as they are]")
+@click.option("--head-dtype", type=click.Choice(_DTYPES), help="How lm_head is.  [default: int8; fp16 with fp16 blocks or GPTQ]")
 @click.option("--revision", metavar="NAME", help="A branch, tag or commit, where SRC is a Hub id.")
 @_dry_run
-def weights(src: str, dst: str, dtype: str, head_dtype: str | None, revision: str | None, dry_run: bool) -> None:
+def weights(src: str, dst: str, dtype: str | None, head_dtype: str | None, revision: str | None, dry_run: bool) -> None:
     """Convert an official checkpoint to the folder DST.
 
     SRC is a folder that holds config.json, the tokenizer's files and pytorch_model*.bin or *.safetensors, or a Hub id such as
-    fnlp/moss-moon-003-sft; for int8 and int4 also an fp16 folder that this command wrote. No code of the checkpoint is run.
-    Stopped at any moment, the same command goes on where it was.
+    fnlp/moss-moon-003-sft; for int8 and int4 also an fp16 folder that this command wrote. Weights that GPTQ has quantised keep
+    every bit. No code of the checkpoint is run. Stopped at any moment, the same command goes on where it was.
     """
     from .. import convert
 
@@ -66,6 +66,8 @@ def export(src: str, out: str, format: str, shard_size: int, dry_run: bool) -> N
 
 
 def _do(job: Job, dry_run: bool, afterwards: str) -> None:
+    for note in job.notes:
+        click.echo(note, err=True)
     if dry_run:
         job.check()
         _print_plan(job)
