@@ -42,13 +42,15 @@ def export(
     src: str | Path,
     out: str | Path,
     format: str = "pytorch",
-    shard_size: int = 10_000_000_000,
+    shard_size: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the converted checkpoint ``src`` to ``out`` with the official names, layout and files, in fp16.
+    """Write the converted checkpoint ``src`` to ``out`` with the official names, layout and files.
 
-    ``format``: pytorch (what the official code loads) or safetensors. ``shard_size``: most bytes of tensors in a file.
-    Every tensor that came from fp16 is bit for bit the original. Otherwise as ``weights``.
+    ``format``: of one in fp16 pytorch (what the official code loads) or safetensors; of one in int8 or int4 gptq or
+    gptq-safetensors, the layout of the official int8 and int4 checkpoints. ``shard_size``: most bytes of tensors in a file; by
+    default 10 GB, but all in one file for GPTQ's layout. What came from fp16, or from GPTQ, is bit for bit the original.
+    Otherwise as ``weights``.
     """
     job = plan_export(src, out, format, shard_size)
     job.run(progress)
@@ -70,7 +72,7 @@ def plan_weights(
     return plan(locate(src, revision, download), Path(dst), dtype, head_dtype)
 
 
-def plan_export(src: str | Path, out: str | Path, format: str = "pytorch", shard_size: int = 10_000_000_000) -> Job:
+def plan_export(src: str | Path, out: str | Path, format: str = "pytorch", shard_size: int | None = None) -> Job:
     """What ``export`` would write: opens and checks the source, writes nothing."""
     from .to_official import plan
 

@@ -233,8 +233,9 @@ class Gptq:
         return [f"{self.said.where}: says {' and '.join(wrong)}; the tensors are right"] if wrong else []
 
     def _has_groups_as_said(self, m: Matrix) -> bool:
-        k, size = len(m.groups), self.said.group
-        return type(size) is int and (size > 0 and -(-k // size) == m.count or size == -1 and m.count == 1)
+        k = len(m.groups)
+        size = k if self.said.group == -1 else self.said.group
+        return type(size) is int and size > 0 and -(-k // size) == m.count
 
     def rows(self, file: str, tensor: str) -> Iterator[Quantised]:
         """One of our tensors, some rows after the other."""

@@ -54,6 +54,14 @@ def unpacked(data: np.ndarray, bits: int) -> np.ndarray:
     return data if bits == 8 else np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:-1], -1)
 
 
+def rows_of(q: np.ndarray, bits: int, first: int, end: int) -> np.ndarray:
+    """Rows [first, end) of a stored q (P, G, S·bits/32, 64), uint8 (end - first, G·S)."""
+    some = q[first // PANEL : -(-end // PANEL)]
+    panels, groups, chunks, _ = some.shape
+    data = some.reshape(panels, groups, chunks, PANEL, 4).transpose(0, 3, 1, 2, 4).reshape(panels * PANEL, -1)
+    return unpacked(data, bits)[first % PANEL :][: end - first]
+
+
 def _pack(rows: Quantised, bits: int) -> Quantised:
     n, groups, group = rows.q.shape
     q = packed(rows.q.reshape(n // PANEL, PANEL, groups, group * bits // 32, 32 // bits), bits)
