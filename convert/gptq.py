@@ -25,7 +25,7 @@ from .view import View, cast, widened
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16", "F32"), "g_idx": ("I32", "I64")}
-_USUAL_GROUPS = (32, 64, 128, 256, 512, 1024)
+_USUAL_GROUPS = (16, 32, 64, 128, 256, 512, 1024)  # at most one of them gives a number of groups, unless that is one
 SETTINGS = "quantize_config.json"  # AutoGPTQ's, beside config.json
 _CHUNK = 1 << 20  # weights unpacked at a time
 
@@ -73,7 +73,7 @@ def is_gptq(tensors: dict[str, View]) -> bool:
 def matrices_of(config: Config) -> dict[str, tuple[int, int]]:
     """The matrices that GPTQ quantises, without ``.weight`` -> (N, K)."""
     shapes = official_shapes(config).items()
-    return {n[: -len(".weight")]: s for n, s in shapes if n.startswith("transformer.h.") and len(s) == 2}
+    return {n.removesuffix(".weight"): s for n, s in shapes if n.startswith("transformer.h.") and len(s) == 2}
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,7 @@ def _groups(name: str, views: dict[str, View], k: int, count: int, said: Said) -
         for wrong in groups[(groups < 0) | (groups >= count)][:1]:
             raise MossError(f"{view.path}: tensor {view.name} holds {wrong}, but there are {count} groups")
         return groups
-    sizes = [k if s == -1 else s for s in (said.group, -(-k // count) if k % count == 0 else None, *_USUAL_GROUPS)]
-    for size in sizes:
+    for size in (k if said.group == -1 else said.group, *_USUAL_GROUPS, k):
         if type(size) is int and size > 0 and -(-k // size) == count:
             return np.arange(k) // size
     raise MossError(f"{said.where.parent}: tensor {name}.g_idx is missing, and {count} groups of {k} inputs may be any")
@@ -263,7 +262,7 @@ class Gptq:
 
 
 def _names(side: list) -> tuple[str, ...]:
-    return tuple(piece.official[: -len(".weight")] for piece in side)
+    return tuple(piece.official.removesuffix(".weight") for piece in side)
 
 
 class _Loaded:

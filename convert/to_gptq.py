@@ -38,7 +38,7 @@ class ToGptq:
         self._made_of = {
             name: (file, [p for p in all_of_it if p.official == f"{name}.weight"])
             for file, all_of_it in pieces(weights.config).items()
-            for name in {p.official[: -len(".weight")] for p in all_of_it} & self.matrices.keys()
+            for name in {p.official.removesuffix(".weight") for p in all_of_it} & self.matrices.keys()
         }
         self._order = {name: self._stored_inputs(name) for name in self.matrices}
 
@@ -51,7 +51,7 @@ class ToGptq:
     def tensors(self) -> list[Tensor]:
         found: list[Tensor] = []
         for official, shape in official_shapes(self.weights.config).items():
-            name = official[: -len(".weight")]
+            name = official.removesuffix(".weight")
             if name not in self.matrices:
                 found.append(Tensor(official, "F16", shape))
                 continue
@@ -67,7 +67,8 @@ class ToGptq:
     def write(self, file: BinaryIO, tensor: Tensor, advance: Advance) -> None:
         name, _, part = tensor.name.rpartition(".")
         if name in self.matrices and part != "bias":
-            append(file, getattr(self, f"_{part}")(name), advance)
+            made = {"qweight": self._qweight, "qzeros": self._qzeros, "scales": self._scales, "g_idx": self._g_idx}[part](name)
+            append(file, made, advance)
         elif tensor.name == "lm_head.weight" and self.coding.head_dtype != "fp16":
             for rows in self._dequantised_head():
                 append(file, rows, advance)
@@ -80,7 +81,8 @@ class ToGptq:
         said = {"wbits": self.bits, "groupsize": self.coding.group}
         if isinstance(inside := raw.get("quantization_config"), dict):
             theirs = {"bits": self.bits, "group_size": self.coding.group, "desc_act": self.coding.ordered}
-            said["quantization_config"] = {**inside, **theirs, "checkpoint_format": "gptq"}
+            layout = {key: "gptq" for key in ("checkpoint_format", "format") if key in inside}
+            said["quantization_config"] = {**inside, **theirs, **layout}
         if said.items() <= raw.items():
             return text
         return json.dumps({**raw, **said}, indent=2, ensure_ascii=False).encode()
@@ -96,9 +98,7 @@ class ToGptq:
         order = self._arrays(file)[f"{its[0].ours}.order"]
         order = order[1 if name.endswith("fc_in") else 0]
         if not np.array_equal(np.sort(order), np.arange(len(order))):
-            raise MossError(
-                f"{self.weights.folder / file}: tensor {its[0].ours}.order is damaged: not every input is there once"
-            )
+            raise MossError(f"{self.weights.folder / file}: tensor {its[0].ours}.order is damaged: it names an input twice")
         return np.argsort(order)[first : first + k]
 
     def _groups(self, name: str) -> np.ndarray:

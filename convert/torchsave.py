@@ -1,4 +1,5 @@
-"""Writes what ``torch.save`` would of a dict of fp16 and int32 tensors, without torch. ``torch.load(weights_only=True)`` opens it."""
+"""Writes what ``torch.save`` would of a dict of fp16 and int32 tensors, without torch; ``torch.load(weights_only=True)`` opens
+it."""
 
 from __future__ import annotations
 

@@ -29,9 +29,7 @@ def command() -> None:
 @click.argument("src")
 @click.argument("dst", type=click.Path())
 @click.option("--dtype", type=click.Choice(_DTYPES), help="How weights are stored.  [default: fp16; from GPTQ, as they are]")
-@click.option(
-    "--head-dtype", type=click.Choice(_DTYPES), help="How lm_head is.  [default: int8; fp16 with fp16 blocks or GPTQ]"
-)
+@click.option("--head-dtype", type=click.Choice(_DTYPES), help="How lm_head is.  [default: int8; fp16 with fp16 or GPTQ]")
 @click.option("--revision", metavar="NAME", help="A branch, tag or commit, where SRC is a Hub id.")
 @_dry_run
 def weights(src: str, dst: str, dtype: str | None, head_dtype: str | None, revision: str | None, dry_run: bool) -> None:
