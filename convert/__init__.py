@@ -18,15 +18,16 @@ __all__ = ["export", "plan_export", "plan_weights", "weights"]
 def weights(
     src: str | Path,
     dst: str | Path,
-    dtype: str = "fp16",
+    dtype: str | None = None,
     head_dtype: str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Convert the official checkpoint ``src``, a folder or a Hub id (``revision``: its branch, tag or commit), to ``dst``.
 
-    ``dtype``: what the blocks' matrices are stored as: fp16, int8 or int4. ``head_dtype``: the same for lm_head; by default
-    int8, or fp16 where the blocks are. For int8 and int4 ``src`` may also be one of ours in fp16.
+    ``dtype``: what the blocks' matrices are stored as: fp16, int8 or int4; by default fp16. ``head_dtype``: the same for
+    lm_head; by default int8, or fp16 where the blocks are. For int8 and int4 ``src`` may also be one of ours in fp16. One
+    that is quantised with GPTQ keeps its numbers, and lm_head in fp16 unless ``head_dtype`` says otherwise.
     ``progress(done, total)`` is called with bytes now and then. ``dst`` appears when it is complete; stopped before that, the
     same call goes on where it was. Does nothing if ``dst`` is already what this source gives. Returns ``dst``. Raises
     MossError for whatever the user can mend.
@@ -41,13 +42,15 @@ def export(
     src: str | Path,
     out: str | Path,
     format: str = "pytorch",
-    shard_size: int = 10_000_000_000,
+    shard_size: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the converted checkpoint ``src`` to ``out`` with the official names, layout and files, in fp16.
+    """Write the converted checkpoint ``src`` to ``out`` with the official names, layout and files.
 
-    ``format``: pytorch (what the official code loads) or safetensors. ``shard_size``: most bytes of tensors in a file.
-    Every tensor that came from fp16 is bit for bit the original. Otherwise as ``weights``.
+    ``format``: of one in fp16 pytorch (what the official code loads) or safetensors; of one in int8 or int4 gptq or
+    gptq-safetensors, the layout of the official int8 and int4 checkpoints. ``shard_size``: most bytes of tensors in a file; by
+    default 10 GB, but all in one file for GPTQ's layout. What came from fp16, or from GPTQ, is bit for bit the original.
+    Otherwise as ``weights``.
     """
     job = plan_export(src, out, format, shard_size)
     job.run(progress)
@@ -57,7 +60,7 @@ def export(
 def plan_weights(
     src: str | Path,
     dst: str | Path,
-    dtype: str = "fp16",
+    dtype: str | None = None,
     head_dtype: str | None = None,
     revision: str | None = None,
     download: bool = True,
@@ -69,7 +72,7 @@ def plan_weights(
     return plan(locate(src, revision, download), Path(dst), dtype, head_dtype)
 
 
-def plan_export(src: str | Path, out: str | Path, format: str = "pytorch", shard_size: int = 10_000_000_000) -> Job:
+def plan_export(src: str | Path, out: str | Path, format: str = "pytorch", shard_size: int | None = None) -> Job:
     """What ``export`` would write: opens and checks the source, writes nothing."""
     from .to_official import plan
 

@@ -11,8 +11,9 @@ from ..config import KV_CACHES, Config
 from ..errors import MossError
 from ..weights import is_converted, open_weights
 from ..weights.layout import FORMAT, files_of
+from .gptq import Gptq, is_gptq
 from .mapping import official_shapes
-from .official import container_of, find_shards, open_official, problems
+from .official import Official, container_of, find_shards, open_official, problems
 
 
 def describe(folder: Path) -> dict:
@@ -66,8 +67,17 @@ def _official(folder: Path) -> dict:
         "dtypes": dict(Counter(view.dtype for view in official.tensors.values())),
         **_files(folder, held),
         "tensors": {n: {"dtype": v.dtype, "shape": list(v.shape), "file": v.path.name} for n, v in official.tensors.items()},
-        "problems": problems(official),
+        **_quantised(official),
     }
+
+
+def _quantised(official: Official) -> dict:
+    wrong = problems(official)
+    if wrong or not is_gptq(official.tensors):
+        return {"problems": wrong}
+    gptq = Gptq(official.folder, official.config, official.tensors)
+    said = {"dtype": gptq.coding.dtype, "group_size": gptq.group, "act_order": gptq.act_order, "notes": gptq.notes}
+    return {"gptq": said, "problems": []}
 
 
 def _files(folder: Path, held: Counter | None = None) -> dict:

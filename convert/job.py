@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ class Job:
     files: dict[str, int]  # weights file -> bytes
     prepare: Callable[[Path], None]  # writes the small files into a folder
     write: Callable[[BinaryIO, str, Advance], None]  # writes one weights file
+    notes: Sequence[str] = ()  # what whoever asked for it should know, a line each
     keep_record: bool = True
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
@@ -16,6 +17,7 @@ from moss_jt.cli import main
 from moss_jt.weights import open_weights
 from moss_jt.weights.layout import BITS, Coding
 from tests.checkpoints import random_state, small_config, write_official
+from tests.gptq_checkpoints import random_gptq
 
 CONFIG = small_config()
 MAIN = [sys.executable, "-c", "import sys; from moss_jt.cli import main; main(sys.argv[1:])"]
@@ -72,6 +74,25 @@ def test_every_dtype_for_blocks_and_head(tmp_path, src, run):
     code, stdout, _ = run("convert", "weights", src, tmp_path / "dry", "--dtype", "int4", "--dry-run")
     for path in (tmp_path / "int4").glob("*.safetensors"):
         assert f"{path.stat().st_size:,} bytes" in next(line for line in stdout.splitlines() if line.startswith(path.name))
+
+
+def test_gptq_and_back(tmp_path, run):
+    made = random_gptq(small_config(n_embd=64), 4, 32, True)
+    made.config["groupsize"] = 128
+    src, dst, out = made.write(tmp_path / "src"), tmp_path / "dst", tmp_path / "out"
+    says = f"{src / 'config.json'}: says groups of 128, but the tensors have groups of 32; the tensors are right\n"
+    code, stdout, stderr = run("convert", "weights", src, dst, "--dry-run")
+    assert code == 0 and stderr == says and "nothing was written" in stdout and not dst.exists()
+    code, stdout, stderr = run("convert", "weights", src, dst, "--head-dtype", "int8")
+    assert code == 0 and stderr == says and stdout.startswith(f"{dst}: ")
+    assert run("convert", "weights", src, dst, "--head-dtype", "int8") == (0, f"{dst}: already converted from {src}\n", "")
+    code, stdout, stderr = run("convert", "weights", src, tmp_path / "int8", "--dtype", "int8")
+    assert code == 1 and stdout == "" and "quantised to int4 and kept so" in stderr and stderr.count("\n") == 1
+    code, stdout, stderr = run("convert", "export", dst, out, "--format", "gptq")
+    assert (
+        code == 0 and "in 1 files" in stdout and stderr.endswith("lm_head is in int8, GPTQ's layout has it in fp16: rounded\n")
+    )
+    assert json.loads((out / "config.json").read_text())["groupsize"] == 32
 
 
 def test_dry_run_writes_nothing(tmp_path, src, run):

@@ -10,6 +10,7 @@ import pytest
 from moss_jt import convert
 from moss_jt.cli import main
 from tests.checkpoints import random_state, small_config, write_official
+from tests.gptq_checkpoints import random_gptq
 
 CONFIG = small_config(n_layer=5)
 STATE = random_state(CONFIG)
@@ -131,7 +132,23 @@ def test_a_broken_converted_one(tmp_path, info):
 def test_the_quantised_ones(official_checkpoint, info):
     code, stdout, _ = info("--json", official_checkpoint("moss-tiny-sft-int4"))
     found = json.loads(stdout)
-    assert code == 1 and "quantised with GPTQ" in found["problems"][0] and found["dtypes"]["I32"] > 0
+    assert code == 0 and not found["problems"] and found["dtypes"]["I32"] == 6 * 4 * 3
+    assert found["gptq"] == {"dtype": "int4", "group_size": 128, "act_order": False, "notes": []}
+
+
+def test_gptq(tmp_path, info):
+    made = random_gptq(small_config(n_embd=64), 8, 32, act_order=True)
+    made.config["wbits"] = 4
+    src = made.write(tmp_path / "src")
+    code, stdout, _ = info(src)
+    assert code == 0 and "GPTQ in int8, groups of 32, act-order" in " ".join(stdout.split()) and "It can be converted" in stdout
+    assert "config.json: says 4 bits, but the tensors are in 8; the tensors are right" in stdout
+    code, stdout, _ = info("--json", convert.weights(src, tmp_path / "dst"))
+    found = json.loads(stdout)
+    assert code == 0 and (found["dtype"], found["group_size"], found["act_order"]) == ("int8", 32, True)
+    made.stored.pop("transformer.h.1.mlp.fc_in.scales")
+    code, stdout, _ = info(made.write(tmp_path / "src"))
+    assert code == 1 and "tensor transformer.h.1.mlp.fc_in.scales is missing" in stdout
 
 
 def test_no_models_folder(tmp_path, info):

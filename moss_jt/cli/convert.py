@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..convert.job import Job, Progress
 
 _DTYPES = ["fp16", "int8", "int4"]
+_FORMATS = ["pytorch", "safetensors", "gptq", "gptq-safetensors"]
 _dry_run = click.option("--dry-run", is_flag=True, help="Print what would be written; write and download nothing.")
 
 
@@ -27,16 +28,16 @@ def command() -> None:
 @command.command()
 @click.argument("src")
 @click.argument("dst", type=click.Path())
-@click.option("--dtype", type=click.Choice(_DTYPES), default="fp16", show_default=True, help="How weights are stored.")
-@click.option("--head-dtype", type=click.Choice(_DTYPES), help="How lm_head is stored.  [default: int8; fp16 with fp16 blocks]")
+@click.option("--dtype", type=click.Choice(_DTYPES), help="How weights are stored.  [default: fp16; from GPTQ, as they are]")
+@click.option("--head-dtype", type=click.Choice(_DTYPES), help="How lm_head is.  [default: int8; fp16 with fp16 or GPTQ]")
 @click.option("--revision", metavar="NAME", help="A branch, tag or commit, where SRC is a Hub id.")
 @_dry_run
-def weights(src: str, dst: str, dtype: str, head_dtype: str | None, revision: str | None, dry_run: bool) -> None:
+def weights(src: str, dst: str, dtype: str | None, head_dtype: str | None, revision: str | None, dry_run: bool) -> None:
     """Convert an official checkpoint to the folder DST.
 
     SRC is a folder that holds config.json, the tokenizer's files and pytorch_model*.bin or *.safetensors, or a Hub id such as
-    fnlp/moss-moon-003-sft; for int8 and int4 also an fp16 folder that this command wrote. No code of the checkpoint is run.
-    Stopped at any moment, the same command goes on where it was.
+    fnlp/moss-moon-003-sft; for int8 and int4 also an fp16 folder that this command wrote. Weights that GPTQ has quantised keep
+    every bit. No code of the checkpoint is run. Stopped at any moment, the same command goes on where it was.
     """
     from .. import convert
 
@@ -51,13 +52,14 @@ def weights(src: str, dst: str, dtype: str, head_dtype: str | None, revision: st
 @command.command()
 @click.argument("src", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--format", type=click.Choice(["pytorch", "safetensors"]), default="pytorch", show_default=True)
-@click.option("--shard-size", type=SIZE, default="10GB", show_default=True, help="Most bytes of tensors in a file.")
+@click.option("--format", type=click.Choice(_FORMATS), default="pytorch", show_default=True)
+@click.option("--shard-size", type=SIZE, help="Most bytes of tensors in a file.  [default: 10GB; GPTQ's are one file]")
 @_dry_run
-def export(src: str, out: str, format: str, shard_size: int, dry_run: bool) -> None:
-    """Write the converted checkpoint SRC to the folder OUT with the official names and layout, in fp16.
+def export(src: str, out: str, format: str, shard_size: int | None, dry_run: bool) -> None:
+    """Write the converted checkpoint SRC to the folder OUT with the official names and layout.
 
-    What came from fp16 comes out bit for bit. pytorch is what the official code loads; safetensors is safer to open.
+    What came from fp16 comes out bit for bit. pytorch is what the official code loads; safetensors is safer to open. From int8
+    and int4, gptq and gptq-safetensors are the layout of the official int8 and int4 checkpoints, and as exact.
     """
     from .. import convert
 
@@ -66,6 +68,8 @@ def export(src: str, out: str, format: str, shard_size: int, dry_run: bool) -> N
 
 
 def _do(job: Job, dry_run: bool, afterwards: str) -> None:
+    for note in job.notes:
+        click.echo(note, err=True)
     if dry_run:
         job.check()
         _print_plan(job)

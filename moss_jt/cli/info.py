@@ -34,6 +34,8 @@ def _draw(found: dict) -> None:
     console = Console()
     console.print(_summary(found))
     console.print(_files(found["files"]))
+    for note in found.get("gptq", {}).get("notes", []):
+        console.print(note, markup=False, soft_wrap=True)
     for problem in found["problems"][:20]:
         console.print(problem, style="red", markup=False, soft_wrap=True)
     if (more := len(found["problems"]) - 20) > 0:
@@ -79,6 +81,8 @@ def _kind(found: dict) -> str:
         dtypes = [found["dtype"], f"lm_head in {found['head_dtype']}"] if found["dtype"] else []
         return ", ".join(["converted", f"format {found['format']}", *dtypes])
     dtypes = ", ".join(f"{n} tensors {dtype}" for dtype, n in found["dtypes"].items())
+    if gptq := found.get("gptq"):
+        dtypes += f"; GPTQ in {gptq['dtype']}, groups of {gptq['group_size']}" + (", act-order" if gptq["act_order"] else "")
     return ": ".join(x for x in ("official, " + (found["container"] or "cannot be opened"), dtypes) if x)
 
 
