@@ -12,6 +12,7 @@ import click
 from ..chat import MAX_NEW_TOKENS
 from ..errors import MossError
 from . import ui
+from .device import DEVICE
 from .size import CONTEXT, RAM
 
 
@@ -55,7 +56,7 @@ def shared_options(command: Callable) -> Callable:
         *(_option(name, setting) for name, setting in SETTINGS.items()),
         CONTEXT,
         RAM,
-        click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="What computes."),
+        DEVICE,
     ]
     for option in reversed(options):
         command = option(command)
