@@ -49,12 +49,16 @@ _NPP = """#pragma once
 #define NPP_MIN_64S (-9223372036854775807ll - 1)
 #define NPP_MAX_64S 9223372036854775807ll
 """
-# Jittor's own -arch and -code stop at 9.0, and leave out its core.
+# Jittor's own -arch and -code stop at 9.0, and leave out its core. The cub of CUDA 13 wants C++17.
 _NVCC = """#!/bin/sh
 here=${{0%/bin/nvcc}}
 for argument do
     shift
-    case $argument in -arch=* | -code=*) ;; *) set -- "$@" "$argument" ;; esac
+    case $argument in
+    -arch=* | -code=*) ;;
+    -std=*) set -- "$@" {standard} ;;
+    *) set -- "$@" "$argument" ;;
+    esac
 done
 exec {nvcc} "-I$here/include" -isystem "$here/include/cccl" "-L$here/lib64" {targets} "$@"
 """
@@ -189,7 +193,8 @@ def assemble(kit: Toolkit, capabilities: Iterable[Version]) -> Path:
     """
     links = {f"include/{name}": path for name, path in _merged(kit.headers).items()}
     links.update((f"lib64/{name}", path) for name, path in _library_links(kit.libraries).items())
-    call = _NVCC.format(nvcc=shlex.quote(kit.nvcc), targets=targets(kit, capabilities))
+    standard = '"$argument"' if kit.version < (13,) else "-std=c++17"
+    call = _NVCC.format(nvcc=shlex.quote(kit.nvcc), targets=targets(kit, capabilities), standard=standard)
     files = {"include/npp.h": _NPP, "bin/nvcc": call}
     if kit.version >= (13,):
         files["include/driver_types.h"] = _DRIVER_TYPES.format(_header(kit.headers, "driver_types.h"))

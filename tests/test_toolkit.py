@@ -193,12 +193,19 @@ def test_the_nvcc_of_the_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "with space/cuda"))
     (kit,) = toolkit.toolkits()
     nvcc = toolkit.assemble(kit, [(8, 6), (7, 5), (8, 6)])
-    arguments = ["a file.cc", "-arch=compute_75", "-code=sm_75", "-code=sm_86", "-DX='a b'", "-o", "out"]
+    arguments = ["a file.cc", "-std=c++14", "-arch=compute_75", "-code=sm_75", "-code=sm_86", "-DX='a b'", "-o", "out"]
     said = subprocess.check_output([nvcc, *arguments], text=True).splitlines()
     folder = nvcc.parent.parent
     own = [f"-I{folder}/include", "-isystem", f"{folder}/include/cccl", f"-L{folder}/lib64"]
     codes = ["-gencode=arch=compute_75,code=sm_75", "-gencode=arch=compute_86,code=sm_86"]
-    assert said == [*own, *codes, "a file.cc", "-DX='a b'", "-o", "out"]
+    assert said == [*own, *codes, "a file.cc", "-std=c++14", "-DX='a b'", "-o", "out"]
+
+
+def test_the_language_that_the_cub_of_cuda_13_wants(tmp_path):
+    toolkits.toolkit(tmp_path / "local/cuda", "13.0")
+    (kit,) = toolkit.toolkits()
+    said = subprocess.check_output([toolkit.assemble(kit, [(8, 6)]), "-std=c++14", "a.cc"], text=True).splitlines()
+    assert said[-2:] == ["-std=c++17", "a.cc"]
 
 
 @pytest.mark.parametrize(
