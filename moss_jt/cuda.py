@@ -6,6 +6,7 @@ The driver is the one to ask: nvcc says nothing about a GPU, and a GPU nothing a
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import time
 from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
@@ -111,6 +112,9 @@ def choose(found: Driver) -> Choice:
         if not choice.why:
             return choice
         first = first or choice
+    named = os.environ.get("nvcc_path")  # noqa: SIM112 (Jittor's own name)
+    if named and not first:
+        return Choice(None, f"nvcc_path names {named}, which is no nvcc", "unset nvcc_path")
     return first or Choice(None, "there is no nvcc", _fix_by_toolkit(found))
 
 

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,7 +100,8 @@ def _nvccs() -> Iterator[str]:
         folder = Path(place)
         yield from (str(path / "bin/nvcc") for path in sorted(folder.parent.glob(folder.name), reverse=True))
     yield from (f"{prefix}/bin/nvcc" for prefix in (os.environ.get("CONDA_PREFIX"), sys.prefix) if prefix)
-    yield from map(str, sorted(cache_folder().glob("jtcuda/*/bin/nvcc"), reverse=True))  # downloaded by Jittor
+    with suppress(MossError):  # a cache that cannot be found is another's to report
+        yield from map(str, sorted(cache_folder().glob("jtcuda/*/bin/nvcc"), reverse=True))  # downloaded by Jittor
     for root in _wheels():
         yield from map(str, sorted(root.glob("cu[0-9]*/bin/nvcc"), reverse=True))
 

@@ -116,6 +116,7 @@ def kit(version: tuple = (12, 4), codes: tuple = CODES, **more) -> Toolkit:
 def there(monkeypatch):
     """Call with toolkits: those are all that this machine has. Its g++ is 12."""
     monkeypatch.setattr(cuda.requirements, "gcc", lambda: 12)
+    monkeypatch.delenv("nvcc_path", raising=False)
     return lambda *kits: monkeypatch.setattr(cuda, "toolkits", lambda: iter(kits))
 
 
@@ -196,6 +197,12 @@ def test_the_first_that_will_do(there):
     assert choose(GPU) == Choice(fit)
     there(unfit, kit(missing=("curand.h",)))
     assert choose(GPU).kit == unfit and "is newer" in choose(GPU).why  # the first one's reason is the one given
+
+
+def test_an_nvcc_path_that_leads_nowhere(there, monkeypatch):
+    there()
+    monkeypatch.setenv("nvcc_path", "/missing/nvcc")
+    assert choose(GPU).reason == "nvcc_path names /missing/nvcc, which is no nvcc: unset nvcc_path"
 
 
 def test_no_device(there):

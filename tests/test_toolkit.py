@@ -64,6 +64,13 @@ def test_what_jittor_downloaded(tmp_path):
     assert found() == [str(nvcc)]
 
 
+def test_a_cache_that_cannot_be_found(tmp_path):
+    nvcc = toolkits.toolkit(tmp_path / "opt/cuda")
+    (tmp_path / "home/.cache/jittor").mkdir(parents=True)
+    (tmp_path / "home/.cache/jittor/config.json").write_text("{")
+    assert found() == [str(nvcc)]
+
+
 @pytest.mark.parametrize("body", ["#!/bin/sh\necho nonsense\n", "#!/nowhere\n", ""])
 def test_an_nvcc_that_is_none(tmp_path, body):
     path = toolkits.toolkit(tmp_path / "local/cuda")
