@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import click
 
+from .device import DEVICE
 from .size import CONTEXT, KV_CACHE, SIZE
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def _shared(samples: int) -> Callable[[Callable], Callable]:
         click.option("--dtype", type=_DTYPES, help="Of the random blocks.  [default: fp16]"),
         click.option("--head-dtype", type=_DTYPES, help="Of the random lm_head.  [default: fp16, int8 with int8 and int4]"),
         click.option("--dir", "parent", metavar="DIR", type=_FOLDER, help="Where they lie meanwhile.  [default: /tmp]"),
+        DEVICE,
         click.option("--threads", type=click.IntRange(1, 4096), help="How many compute.  [default: one a core]"),
         click.option("--repeat", type=click.IntRange(1), default=samples, show_default=True, help="How many samples."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with every sample."),
@@ -98,7 +100,7 @@ def _load(**options: Any) -> None:
     _measure(Load(), **options)
 
 
-def _measure(work: Any, as_json: bool, threads: int | None, repeat: int, **source: Any) -> None:
+def _measure(work: Any, as_json: bool, device: str, threads: int | None, repeat: int, **source: Any) -> None:
     from .. import machine
     from ..bench.about import about
     from ..runtime import jittor
@@ -106,7 +108,7 @@ def _measure(work: Any, as_json: bool, threads: int | None, repeat: int, **sourc
     threads = threads or machine.cores().usable
     with _stopping_cleanly(), _weights(work, **source) as weights:
         found = {"bench": type(work).__name__.lower(), "model": str(source["model"] or "random"), **about(weights, threads)}
-        jittor("cpu", threads)
+        jittor(device, threads)
         found.update(work.run(weights, threads, repeat))
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))

@@ -12,6 +12,7 @@ import click
 from ..chat import MAX_NEW_TOKENS
 from ..errors import MossError
 from . import ui
+from .device import DEVICE
 from .size import CONTEXT, KV_CACHE, RAM
 
 
@@ -56,7 +57,7 @@ def shared_options(command: Callable) -> Callable:
         CONTEXT,
         KV_CACHE,
         RAM,
-        click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="What computes."),
+        DEVICE,
     ]
     for option in reversed(options):
         command = option(command)

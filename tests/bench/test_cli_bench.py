@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import moss_jt
-from moss_jt import bench, machine
+from moss_jt import bench, cuda, machine, runtime
 from moss_jt.bench import Shape, decode, limits, load, page_cache, prefill, random_checkpoint, random_model, swap
 from moss_jt.bench.pairs import Limit
 from moss_jt.cli import main
@@ -71,6 +71,19 @@ def check_shares(found: dict, unit: str, speeds: list[float]) -> None:
     assert found["share_samples"] == pytest.approx([s / limit for s, limit in zip(speeds, around)])
     assert found["share"] == pytest.approx(median(found["share_samples"])) and len(around) == len(speeds)
     assert found[unit] == pytest.approx(median(speeds)) and found[f"limit_{unit}"] == pytest.approx(median(around))
+
+
+def test_a_device_that_is_not_there(run, monkeypatch):
+    monkeypatch.setattr(runtime, "_module", None)
+    monkeypatch.setattr(runtime, "_adopted", lambda: pytest.fail("taken over"))
+    monkeypatch.setattr(cuda, "driver", lambda: cuda.Driver(problem="no driver"))
+    monkeypatch.setattr(cuda, "toolkits", lambda: iter(()))
+    for name in [name for name in sys.modules if name.split(".")[0] == "jittor"]:
+        monkeypatch.delitem(sys.modules, name)
+    code, out, err = run("load", "--random", 1, "--device", "cuda")
+    assert (code, out) == (1, "") and err.splitlines()[-1].endswith("device cuda: no driver")
+    code, out, err = run("load", "--random", 1, "--device", "gpu")
+    assert (code, out) == (2, "") and "'gpu' is not one of 'auto', 'cpu', 'cuda'" in err
 
 
 def test_decode(as_json):

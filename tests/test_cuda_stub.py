@@ -1,0 +1,134 @@
+"""All of CUDA but the kernels themselves: a toolkit whose libraries are stubs, in which device memory is host memory.
+
+Where MOSS_CUDA_STUB names its folder: Jittor's core is compiled for it the first time, which takes minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STUB = Path(os.environ.get("MOSS_CUDA_STUB", "/nonexistent"))
+pytestmark = pytest.mark.skipif(
+    not (STUB / "bin/nvcc").exists(), reason="needs a toolkit folder of stubs, which MOSS_CUDA_STUB names"
+)
+
+KERNEL = r"""
+#include <cuda_fp16.h>
+namespace moss_cuda {
+__global__ void twice(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] = 2 * x[i];
+}
+inline void launch_twice(const float* x, float* y, int n, cudaStream_t stream) {
+    twice<<<(n + 255) / 256, 256, 0, stream>>>(x, y, n);
+}
+}
+"""
+
+# An op with both bodies over a numpy array that is used in place. Marks say what the lines of the log that follow belong to.
+PROGRAM = r"""
+import importlib.util, json, os, sys
+from pathlib import Path
+import numpy as np
+import moss_jt
+
+here = Path(sys.argv[1])
+spec = importlib.util.spec_from_file_location("moss_jt.kernels_cuda", here / "__init__.py")
+sys.modules["moss_jt.kernels_cuda"] = importlib.util.module_from_spec(spec)
+from moss_jt import cuda, runtime
+from moss_jt.ops import kernel
+
+jt = runtime.jittor("cuda")
+answer = {"cuda": jt.has_cuda, "nvcc": jt.flags.nvcc_path, "use_cuda": jt.flags.use_cuda}
+answer["device"] = cuda.driver().devices[0].name
+
+def mark(text):
+    with open(os.environ["MOSS_STUB_LOG"], "a") as log:
+        log.write(f"--- {text}\n")
+
+def op(x, both=True):
+    cpu = 'for (int i = 0; i < out_shape0; i++) out_p[i] = 3 * in0_p[i] + data["plus"];'
+    device = ("twice.cuh", "moss_cuda::launch_twice(in0_p, out_p, in0_shape0, 0);")
+    return kernel.run("simd.h", x.shape, [x], cpu, device if both else None, plus=1.0)
+
+values = np.arange(100_000, dtype=np.float32)
+x = jt.core.reuse_np_array(values)
+with jt.flag_scope(use_cuda=0, lazy_execution=0):
+    mark("host")
+    answer["host"] = op(x).numpy()[:3].tolist()
+    answer["shared"] = x.raw_ptr == values.ctypes.data
+with jt.flag_scope(use_cuda=1, lazy_execution=0):
+    mark("device")
+    y = op(x)
+    mark("device again")
+    y = op(x)
+    mark("host body")
+    z = op(x, both=False)
+    mark("to numpy")
+    z.numpy()
+mark("array")
+answer["kept"] = bool((values == np.arange(100_000)).all())
+answer["shared after"] = x.raw_ptr == values.ctypes.data
+mark("lazy")
+with jt.flag_scope(use_cuda=1):
+    op(op(op(jt.array(values)))).sync(True)
+mark("cub")
+with jt.flag_scope(use_cuda=1):
+    jt.compile_extern.cub_ops.cub_cumsum(jt.array(values[None])).sync(True)
+mark("end")
+print(json.dumps(answer))
+"""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """What the program answers, and for each of its marks the lines that the stubs wrote."""
+    folder = tmp_path_factory.mktemp("stub")
+    (folder / "__init__.py").touch()
+    (folder / "twice.cuh").write_text(KERNEL)
+    log = folder / "log"
+    env = {**os.environ, "LD_LIBRARY_PATH": str(STUB / "lib64"), "nvcc_path": str(STUB / "bin/nvcc"), "MOSS_STUB_LOG": str(log)}
+    command = [sys.executable, "-c", PROGRAM, str(folder)]
+    ran = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+    assert ran.returncode == 0
+    parts = re.split(r"^--- (.+)\n", log.read_text(), flags=re.MULTILINE)
+    return json.loads(ran.stdout.splitlines()[-1]), dict(zip(parts[1::2], parts[2::2]))
+
+
+def test_jittor_has_cuda(done):
+    answer, _ = done
+    assert answer["cuda"] == 1 and answer["use_cuda"] == 0 and answer["device"].startswith("stub sm_")
+    assert "/moss-jt-cuda/" in answer["nvcc"]
+
+
+def test_the_host_computes_on_the_array_itself(done):
+    answer, log = done
+    assert answer["host"] == [1.0, 4.0, 7.0] and answer["shared"]
+    assert "copy" not in log["host"] and "launch" not in log["host"]
+
+
+def test_the_device_gets_a_copy_once(done):
+    """cudaMemcpyKind 1 is to the device, 2 to the host."""
+    answer, log = done
+    assert "copy kind 1 400000\n" in log["device"] and log["device"].count("launch") == 1
+    assert "copy" not in log["device again"] and log["device again"].count("launch") == 1
+    assert answer["kept"] and not answer["shared after"]
+
+
+def test_a_host_body_amid_the_device_s_work(done):
+    """Its input comes back, its result goes there."""
+    _, log = done
+    assert "copy kind 2 400000\n" in log["host body"] and "copy kind 1 400000\n" in log["host body"]
+    assert "launch" not in log["host body"] and "copy kind 2 400000\n" in log["to numpy"]
+
+
+def test_several_ops_and_one_of_jittor_s_own(done):
+    _, log = done
+    assert log["lazy"].count("launch") == 3 and log["cub"].count("launch") == 1
