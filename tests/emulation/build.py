@@ -67,6 +67,7 @@ POINTERS = {
     "uint64_t": np.uint64,
     "void": None,
 }
+FUNCTION = r"^(void|int64_t) (\w+)\(([^)]*)\)"
 NUMBERS = {
     "int": ctypes.c_int32,
     "int32_t": ctypes.c_int32,
@@ -160,7 +161,7 @@ def _source(wrappers: str) -> str:
     """C++ in which lines have the numbers that they have in the wrappers. From the first function that is no kernel on,
     nothing but functions for C follows."""
     lines = wrappers.splitlines()
-    first = next(i for i, line in enumerate(lines) if re.match(r"void \w+\(", line))
+    first = next(i for i, line in enumerate(lines) if re.match(FUNCTION, line))
     functions = f'#pragma GCC visibility push(default)\nextern "C" {{\n#line {first + 1} "wrappers"\n{_text(lines[first:])}}}\n'
     return f'#include "device.cuh"\nusing namespace moss_cuda;\n#line 1 "wrappers"\n{_text(lines[:first])}{functions}'
 
@@ -184,21 +185,23 @@ class Kernels:
         self._library = ctypes.CDLL(str(path))
         self._library.emulation_allocate.restype = ctypes.c_void_p
         self._library.emulation_error.restype = ctypes.c_char_p
-        found = re.findall(r"^void (\w+)\(([^)]*)\)", wrappers, re.M)
-        self._functions = {name: [_Parameter(p) for p in parameters.split(",")] for name, parameters in found}
+        found = re.findall(FUNCTION, wrappers, re.M)
+        self._functions = {name: [_Parameter(p) for p in parameters.split(",")] for _, name, parameters in found}
+        for returned, name, _ in found:
+            getattr(self._library, name).restype = NUMBERS.get(returned)
 
     def __getattr__(self, name: str):
         if name.startswith("_") or name not in self._functions:
             raise AttributeError(name)
         return lambda *given, seed=None: self._call(name, given, seed)
 
-    def _call(self, name: str, given: tuple, seed: int | None) -> None:
+    def _call(self, name: str, given: tuple, seed: int | None):
         parameters, library = self._functions[name], self._library
         assert len(given) == len(parameters), f"{name} takes {', '.join(p.text for p in parameters)}"
         seed = secrets.randbits(32) if seed is None else seed
         library.emulation_begin(ctypes.c_uint64(seed), ctypes.c_uint64(MOST_SHARED[self._arch] << 10))
         places = [p.place(library, value) for p, value in zip(parameters, given)]
-        getattr(library, name)(*places)
+        result = getattr(library, name)(*places)
         for place, value in zip(places, given):
             if isinstance(value, Memory):
                 data, written = _pointer(value.array), _pointer(value.written)
@@ -206,6 +209,7 @@ class Kernels:
         error = library.emulation_error().decode()
         if error:
             raise KernelError(f"{self._with_lines(error)} [seed={seed}]")
+        return result
 
     def _with_lines(self, error: str) -> str:
         """The error, with places in the code as files and lines: the innermost ones outside of the emulation."""

@@ -8,7 +8,6 @@
 #include <tuple>
 #include <utility>
 
-#include "half.h"
 #include "runtime.h"
 
 #define __CUDA_ARCH__ MOSS_EMULATED
@@ -56,6 +55,8 @@ MOSS_VECTORS(ushort, unsigned short, 8)
 #undef MOSS_VECTORS
 struct alignas(16) longlong2 { long long x, y; };
 struct alignas(16) ulonglong2 { unsigned long long x, y; };
+
+#include "half.h"
 
 // ---- numbers -----------------------------------------------------------------------------------------------------------------
 

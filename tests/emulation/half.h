@@ -120,6 +120,8 @@ inline half2 __halves2half2(half x, half y) { return {x, y}; }
 inline half2 __half2half2(half a) { return {a, a}; }
 inline half2 __float2half2_rn(float f) { return {f, f}; }
 inline half2 __floats2half2_rn(float x, float y) { return {x, y}; }
+inline float2 __half22float2(half2 a) { return {a.x, a.y}; }
+inline half2 __float22half2_rn(float2 a) { return {a.x, a.y}; }
 inline half __low2half(half2 a) { return a.x; }
 inline half __high2half(half2 a) { return a.y; }
 inline float __low2float(half2 a) { return a.x; }
