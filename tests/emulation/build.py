@@ -114,19 +114,15 @@ def build(wrappers: str, arch: int = 800) -> Kernels:
         run(*GCC, *SANITIZERS, f"-I{KERNELS}", f"-DMOSS_EMULATED={arch}", "-c", str(source), "-o", str(unlinked))
         renamed = [f"--redefine-sym={name}=emulation_{name}" for name in ("memcpy", "memmove", "memset")]
         run("objcopy", *renamed, str(unlinked))
-        run(*GCC, "-shared", str(unlinked), str(fibers), str(memory), "-o", str(into))
+        run(*GCC, "-shared", str(unlinked), *map(str, runtime), "-o", str(into))
 
-    fibers, memory = (_runtime(name) for name in ("fibers", "memory"))
-    return Kernels(
-        _kept(".so", [*KERNELS.glob("*.cuh"), *HERE.glob("*.h"), fibers, memory], compile, wrappers, arch), wrappers, arch
-    )
+    runtime = [_runtime(name) for name in ("fibers", "memory", "warps")]
+    return Kernels(_kept(".so", [*KERNELS.glob("*.cuh"), *HERE.glob("*.h"), *runtime], compile, wrappers, arch), wrappers, arch)
 
 
 def _runtime(name: str) -> Path:
     source = HERE / f"{name}.cc"
-    return _kept(
-        ".o", [source, HERE / "state.h", HERE / "runtime.h"], lambda into: run(*GCC, "-c", str(source), "-o", str(into))
-    )
+    return _kept(".o", [source, *HERE.glob("*.h")], lambda into: run(*GCC, "-c", str(source), "-o", str(into)))
 
 
 def _kept(suffix: str, sources: list[Path], compile, *given) -> Path:

@@ -217,10 +217,38 @@ static void check_race(const void* p, Accesses& seen, Kind kind, Access me, cons
     fail("%s %s%s: %s", VERBS[kind], described(p).c_str(), code(pc).c_str(), why);
 }
 
-static bool allowed(State s, Kind kind) {
-    if (kind == READ) return (s & (ACCESSIBLE | INITIALISED | ARRIVING)) == (ACCESSIBLE | INITIALISED);
-    if (kind == WRITE) return (s & (ACCESSIBLE | CONSTANT | ARRIVING)) == ACCESSIBLE;
-    return (s & (ACCESSIBLE | INITIALISED | CONSTANT | ARRIVING)) == (ACCESSIBLE | INITIALISED);
+// For each kind of access which bits of the state count, and what they have to be.
+static constexpr State COUNTS[] = {ACCESSIBLE | INITIALISED | ARRIVING, ACCESSIBLE | CONSTANT | ARRIVING,
+                                   ACCESSIBLE | INITIALISED | CONSTANT | ARRIVING};
+static constexpr State REQUIRED[] = {ACCESSIBLE | INITIALISED, ACCESSIBLE, ACCESSIBLE | INITIALISED};
+
+static void check_state(char* p, State* state, size_t bytes, Kind kind, const void* pc) {
+    constexpr uint64_t EACH = 0x0101010101010101;
+    size_t i = 0;
+    for (; i + 8 <= bytes; i += 8) {
+        uint64_t eight;
+        memcpy(&eight, state + i, 8);
+        if ((eight & COUNTS[kind] * EACH) != REQUIRED[kind] * EACH) break;
+        eight |= kind == WRITE ? INITIALISED * EACH : 0;
+        memcpy(state + i, &eight, 8);
+    }
+    for (; i < bytes; i++) {
+        if ((state[i] & COUNTS[kind]) != REQUIRED[kind]) forbidden(p + i, state[i], kind, pc);
+        if (kind == WRITE) state[i] |= INITIALISED;
+    }
+}
+
+// Bytes that had the same accesses before have the same afterwards.
+static void check_races(char* p, Accesses* accesses, size_t bytes, Kind kind, Access me, const void* pc) {
+    Accesses before{}, after{};
+    for (size_t i = 0; i < bytes; i++) {
+        Accesses& a = accesses[i];
+        if (!i || a.write != before.write || a.read != before.read || a.other_read != before.other_read) {
+            before = after = a;
+            check_race(p + i, after, kind, me, pc);
+        }
+        a = after;
+    }
 }
 
 static void watch(const char* p, size_t bytes, Kind kind, const void* pc) {
@@ -237,17 +265,10 @@ static void watch(const char* p, size_t bytes, Kind kind, const void* pc) {
     }
     size_t at = p - r->base;
     if (at + bytes > r->size) fail("%s %s%s: out of bounds", VERBS[kind], described(p).c_str(), code(pc).c_str());
-    bool constant = true;
-    for (size_t i = at; i < at + bytes; i++) {
-        State& s = r->state[i];
-        if (!allowed(s, kind)) forbidden(r->base + i, s, kind, pc);
-        constant = constant && (s & CONSTANT);
-        if (kind == WRITE) s |= INITIALISED;
-    }
-    if (constant) return;
-    Access me = stamp(kind == UPDATE, pc);
+    check_state(r->base + at, r->state + at, bytes, kind, pc);
+    if (r->state[at] & CONSTANT) return;
     first_serial = is_shared(p) ? block.serial : launched.first_serial;
-    for (size_t i = at; i < at + bytes; i++) check_race(r->base + i, r->accesses[i], kind, me, pc);
+    check_races(r->base + at, r->accesses + at, bytes, kind, stamp(kind == UPDATE, pc), pc);
 }
 
 #define CALLER __builtin_return_address(0)
