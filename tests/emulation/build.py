@@ -116,7 +116,7 @@ def build(wrappers: str, arch: int = 800) -> Kernels:
         run("objcopy", *renamed, str(unlinked))
         run(*GCC, "-shared", str(unlinked), *map(str, runtime), "-o", str(into))
 
-    runtime = [_runtime(name) for name in ("fibers", "memory", "warps")]
+    runtime = [_runtime(name) for name in ("fibers", "memory", "order", "warps")]
     return Kernels(_kept(".so", [*KERNELS.glob("*.cuh"), *HERE.glob("*.h"), *runtime], compile, wrappers, arch), wrappers, arch)
 
 

@@ -79,7 +79,10 @@ inline int __dp4a(int a, int b, int c) {
 // ---- memory ------------------------------------------------------------------------------------------------------------------
 
 template <typename T>
-T __ldg(const T* p) { return *p; }
+T __ldg(const T* p) {
+    moss_emulation::reads_unchanging(p, sizeof(T));
+    return *p;
+}
 template <typename T>
 T __ldcs(const T* p) { return *p; }
 template <typename T>

@@ -3,8 +3,8 @@
 
 namespace moss_cuda {
 
-inline uint4 load16(const void* p) { return *(const uint4*)p; }
-inline uint4 load16_once(const void* p) { return *(const uint4*)p; }
+inline uint4 load16(const void* p) { return __ldg((const uint4*)p); }
+inline uint4 load16_once(const void* p) { return __ldg((const uint4*)p); }
 
 #if __CUDA_ARCH__ >= 800
 inline void cp_async16(void* shared, const void* global, int bytes = 16) {

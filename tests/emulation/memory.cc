@@ -148,14 +148,12 @@ static std::string described(const void* p) {
 enum Kind { READ, WRITE, UPDATE };
 static const char* const VERBS[] = {"reads", "writes", "updates"};
 
-static const void* places[MOST_PLACES];
+static const void* places[MOST_PLACES];  // of the code, by a hash of them: there are far fewer than have room
 
 static unsigned place_number(const void* pc) {
     unsigned i = (size_t)pc * 0x9e3779b97f4a7c15ull >> 49;
-    for (unsigned tries = 0; places[i] != pc; i = (i + 1) % MOST_PLACES) {
-        if (!places[i]) places[i] = pc;
-        else if (++tries == 100) break;  // the place of another access is named then
-    }
+    while (places[i] && places[i] != pc) i = (i + 1) % MOST_PLACES;
+    places[i] = pc;
     return i;
 }
 
@@ -177,8 +175,8 @@ static uint32_t first_serial;
 // Whether an earlier access is known to be over for the thread that runs.
 static bool over(Access a) {
     if (serial(a) < first_serial) return true;
-    if (serial(a) != block.serial) return false;
     unsigned t = thread(a);
+    if (serial(a) != block.serial) return published(serial(a), t, clock_of(a));
     if (t == current->number || clock_of(a) <= block.seen[t]) return true;
     return t / 32 == current->number / 32 && clock_of(a) <= block.warps[t / 32].seen[current->number % 32][t % 32];
 }
@@ -222,16 +220,22 @@ static constexpr State COUNTS[] = {ACCESSIBLE | INITIALISED | ARRIVING, ACCESSIB
                                    ACCESSIBLE | INITIALISED | CONSTANT | ARRIVING};
 static constexpr State REQUIRED[] = {ACCESSIBLE | INITIALISED, ACCESSIBLE, ACCESSIBLE | INITIALISED};
 
+// All of the bytes that an integer W covers may be accessed: then they are, else nothing is done.
+template <typename W>
+static bool access_all(State* state, Kind kind) {
+    constexpr W EACH = (W)0x0101010101010101;
+    W all;
+    memcpy(&all, state, sizeof all);
+    if ((W)(all & COUNTS[kind] * EACH) != (W)(REQUIRED[kind] * EACH)) return false;
+    all |= kind == WRITE ? (W)(INITIALISED * EACH) : 0;
+    memcpy(state, &all, sizeof all);
+    return true;
+}
+
 static void check_state(char* p, State* state, size_t bytes, Kind kind, const void* pc) {
-    constexpr uint64_t EACH = 0x0101010101010101;
     size_t i = 0;
-    for (; i + 8 <= bytes; i += 8) {
-        uint64_t eight;
-        memcpy(&eight, state + i, 8);
-        if ((eight & COUNTS[kind] * EACH) != REQUIRED[kind] * EACH) break;
-        eight |= kind == WRITE ? INITIALISED * EACH : 0;
-        memcpy(state + i, &eight, 8);
-    }
+    while (i + 8 <= bytes && access_all<uint64_t>(state + i, kind)) i += 8;
+    if (i + 4 <= bytes && access_all<uint32_t>(state + i, kind)) i += 4;
     for (; i < bytes; i++) {
         if ((state[i] & COUNTS[kind]) != REQUIRED[kind]) forbidden(p + i, state[i], kind, pc);
         if (kind == WRITE) state[i] |= INITIALISED;
@@ -274,7 +278,19 @@ static void watch(const char* p, size_t bytes, Kind kind, const void* pc) {
 #define CALLER __builtin_return_address(0)
 void reads(const void* p, size_t bytes) { watch((const char*)p, bytes, READ, CALLER); }
 void writes(void* p, size_t bytes) { watch((const char*)p, bytes, WRITE, CALLER); }
-void updates(void* p, size_t bytes) { watch((const char*)p, bytes, UPDATE, CALLER); }
+void updates(void* p, size_t bytes) {
+    watch((const char*)p, bytes, UPDATE, CALLER);
+    if (current && !is_shared(p)) meet_at(p);
+}
+
+void reads_unchanging(const void* p, size_t bytes) {
+    if (!current || (size_t)((const char*)p - device.base - GLOBAL) >= MEMORY - GLOBAL - bytes) return;
+    const Accesses* a = device.accesses + ((const char*)p - device.base);
+    for (size_t i = 0; i < bytes; i++)
+        if (serial(a[i].write) >= launched.first_serial)
+            fail("reads %s%s as if it never changed, but the kernel writes it%s", described((const char*)p + i).c_str(), code(CALLER).c_str(),
+                 code(places[a[i].write & (MOST_PLACES - 1)]).c_str());
+}
 
 // ---- cp.async ----------------------------------------------------------------------------------------------------------------
 
@@ -348,11 +364,9 @@ EXPORT void* emulation_allocate(const char* name, const void* data, const uint8_
     next_free = p + (bytes + 255) / 256 * 256;
     State* state = device.state + (p - device.base);
     memcpy(p, data, bytes);
-    for (size_t i = 0; i < bytes; i++) {
-        state[i] = ACCESSIBLE | (constant ? CONSTANT : 0) | (!written || written[i] ? INITIALISED : 0);
-        if (written && !written[i]) p[i] = (char)0xff;
-    }
-    memset(device.accesses + (p - device.base), 0, bytes * sizeof(Accesses));
+    memset(state, ACCESSIBLE | INITIALISED | (constant ? CONSTANT : 0), bytes);
+    for (size_t i = 0; written && i < bytes; i++)
+        if (!written[i]) state[i] &= ~INITIALISED, p[i] = (char)0xff;
     allocations.push_back({name, p, bytes, element});
     return p;
 }
