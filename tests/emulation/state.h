@@ -84,6 +84,13 @@ uint64_t random_number();
 // Makes the shared memory of a new block: nothing in it is written yet.
 void new_shared_memory(size_t dynamic);
 void forget_accesses();
+
+enum Kind { READ, WRITE, UPDATE };
+// Before each access: whether it may be, and what is known of the bytes after it. `pc`: where in the code.
+void watch(const char* p, size_t bytes, Kind kind, const void* pc);
+#define CALLER __builtin_return_address(0)
+std::string described(const void* address);  // "x[12]"
+
 // Whether an access of another block is over for the thread that runs, because that block published it (order.cc).
 bool published(uint32_t serial, unsigned thread, uint32_t clock);
 void meet_at(const void* address);
