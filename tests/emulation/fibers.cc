@@ -102,11 +102,12 @@ void host_fails(const char* format, ...) {
     va_end(arguments);
 }
 
-// The threads that are not where they should be, in groups: "32 threads, the first (0, 0, 0), wait at …".
+// The threads that do not run, in groups: "32 of its threads, the first (0, 0, 0): waits at …".
 static std::string whereabouts() {
     std::vector<std::pair<std::string, std::vector<Thread*>>> groups;
     for (unsigned i = 0; i < block.threads; i++) {
         Thread& t = threads[i];
+        if (t.waits == Waits::no) continue;
         std::string where = t.waits == Waits::done ? "returned" : "waits at " + std::string(t.what) + " (" + file_name(t.site) + ")";
         auto group = std::find_if(groups.begin(), groups.end(), [&](const auto& g) { return g.first == where; });
         if (group == groups.end()) group = groups.insert(group, {where, {}});

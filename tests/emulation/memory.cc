@@ -35,7 +35,7 @@ struct Allocation {
     size_t bytes, element;
 };
 
-static constexpr size_t MEMORY = 256 << 20, GLOBAL = 1 << 20, GUARD = 64 << 10;
+static constexpr size_t MEMORY = 128 << 20, GLOBAL = 1 << 20, GUARD = 64 << 10;
 static Region device;                 // dynamic shared memory at GUARD, and from GLOBAL on what is allocated
 static Region fixed;                  // __shared__ variables, which are this library's thread-local ones
 static char *image, *image_end;       // this library: its constants may be read
