@@ -45,9 +45,6 @@ inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1 / a; }
 inline float __frsqrt_rn(float a) { return 1 / sqrtf(a); }
 inline float rsqrtf(float a) { return 1 / sqrtf(a); }
@@ -57,7 +54,6 @@ inline unsigned __float_as_uint(float f) { return moss_emulation::bits_of(f); }
 inline float __int_as_float(int i) { return moss_emulation::float_of((unsigned)i); }
 inline float __uint_as_float(unsigned u) { return moss_emulation::float_of(u); }
 inline int __float2int_rn(float f) { return (int)std::nearbyint(f); }
-inline int __float2int_rz(float f) { return (int)f; }
 inline float __int2float_rn(int i) { return (float)i; }
 inline float __uint2float_rn(unsigned i) { return (float)i; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
