@@ -7,6 +7,7 @@ FOLDERS = {
     "moss_jt": "moss_jt",
     "moss_jt.convert": "convert",
     "moss_jt.kernels_cpu": "kernels_cpu",
+    "moss_jt.kernels_cuda": "kernels_cuda",
 }
 
 
@@ -35,7 +36,7 @@ setup(
     python_requires=">=3.9,<3.13",
     package_dir=packages(),
     packages=list(packages()),
-    package_data={"moss_jt.kernels_cpu": ["*.h"]},
+    package_data={"moss_jt.kernels_cpu": ["*.h"], "moss_jt.kernels_cuda": ["*.cuh"]},
     install_requires=[
         "jittor==1.3.11.0",
         "numpy>=1.22,<2",  # with numpy 2, Jittor 1.3.11 returns garbage silently

@@ -146,6 +146,10 @@ __device__ __forceinline__ void mma_16816(float c[4], const uint32_t a[4], const
 
 namespace moss_cuda {
 
+// Two halves lie in 32 bits, the first in the lower ones.
+__device__ __forceinline__ half2 as_half2(uint32_t v) { return reinterpret_cast<const half2&>(v); }
+__device__ __forceinline__ uint32_t as_uint32(half2 v) { return reinterpret_cast<const uint32_t&>(v); }
+
 struct Sum {
     template <typename T>
     __device__ static T join(T a, T b) { return a + b; }

@@ -15,12 +15,17 @@ from .checkpoints import random_state, small_config, write_official
 from .conftest import ROOT
 
 # Where the sources lie, and where they are installed.
-FOLDERS = {"moss_jt": "moss_jt", "convert": "moss_jt/convert", "kernels_cpu": "moss_jt/kernels_cpu"}
+FOLDERS = {
+    "moss_jt": "moss_jt",
+    "convert": "moss_jt/convert",
+    "kernels_cpu": "moss_jt/kernels_cpu",
+    "kernels_cuda": "moss_jt/kernels_cuda",
+}
 FILES = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
 
 
 def sources(folder: str) -> set[str]:
-    return {str(p.relative_to(ROOT)) for end in ("py", "h") for p in (ROOT / folder).rglob(f"*.{end}")}
+    return {str(p.relative_to(ROOT)) for end in ("py", "h", "cuh") for p in (ROOT / folder).rglob(f"*.{end}")}
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
@@ -60,7 +65,7 @@ def test_source_distribution_is_complete(sdist):
 
 def test_wheel_holds_everything_in_one_package(installed):
     expected = {name.replace(folder, inside, 1) for folder, inside in FOLDERS.items() for name in sources(folder)}
-    assert "moss_jt/kernels_cpu/simd.h" in expected and "moss_jt/cli/chat.py" in expected
+    assert {"moss_jt/kernels_cpu/simd.h", "moss_jt/kernels_cuda/device.cuh"} <= expected and "moss_jt/cli/chat.py" in expected
     found = {str(p.relative_to(installed)) for p in installed.rglob("*") if p.is_file()}
     assert {name for name in found if ".dist-info/" not in name} == expected
     assert list(installed.glob("*.dist-info/**/LICENSE"))

@@ -1,4 +1,4 @@
-"""Compiles kernels of kernels_cuda/ for the emulated device, and calls them with numpy arrays.
+"""Compiles kernels of kernels_cuda/ for the emulated device, and calls them with numpy arrays (docs/cuda.md).
 
 A kernel's test has a file of wrappers, C functions that call its launchers::
 
@@ -9,7 +9,7 @@ A kernel's test has a file of wrappers, C functions that call its launchers::
 
 and calls them by name. The arguments are what the C function declares::
 
-    kernels = build(Path("norm.cu").read_text())          # or arch=750: what __CUDA_ARCH__ is, 800 unless said
+    kernels = build(WRAPPERS)                              # or arch=750: what __CUDA_ARCH__ is, 800 unless said
     y = unwritten((T, D), np.float16)                      # an output: reading it before it is written is an error
     kernels.layer_norm(x, weight, bias, 1e-5, y, T, D)     # KernelError: what is wrong, which block and thread, which line
     y.array
@@ -38,7 +38,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "kernels_cuda"
 
-# -O2 with GCC's sanitizers as eyes only: memory.cc answers their calls, the libraries are not linked. They do not see what the
+# -O2 with GCC's sanitizers as eyes only: hooks.cc answers their calls, the libraries are not linked. They do not see what the
 # compiler makes of a memcpy.
 SANITIZERS = ["-fsanitize=thread", "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"]
 SANITIZERS += [f"-fno-builtin-{name}" for name in ("memcpy", "memmove", "memset")]
@@ -67,9 +67,11 @@ POINTERS = {
     "uint64_t": np.uint64,
     "void": None,
 }
+FUNCTION = r"^(void|int64_t) (\w+)\(([^)]*)\)"
 NUMBERS = {
     "int": ctypes.c_int32,
     "int32_t": ctypes.c_int32,
+    "uint32_t": ctypes.c_uint32,
     "int64_t": ctypes.c_int64,
     "float": ctypes.c_float,
     "bool": ctypes.c_bool,
@@ -113,19 +115,15 @@ def build(wrappers: str, arch: int = 800) -> Kernels:
         run(*GCC, *SANITIZERS, f"-I{KERNELS}", f"-DMOSS_EMULATED={arch}", "-c", str(source), "-o", str(unlinked))
         renamed = [f"--redefine-sym={name}=emulation_{name}" for name in ("memcpy", "memmove", "memset")]
         run("objcopy", *renamed, str(unlinked))
-        run(*GCC, "-shared", str(unlinked), str(fibers), str(memory), "-o", str(into))
+        run(*GCC, "-shared", str(unlinked), *map(str, runtime), "-o", str(into))
 
-    fibers, memory = (_runtime(name) for name in ("fibers", "memory"))
-    return Kernels(
-        _kept(".so", [*KERNELS.glob("*.cuh"), *HERE.glob("*.h"), fibers, memory], compile, wrappers, arch), wrappers, arch
-    )
+    runtime = [_runtime(name) for name in ("fibers", "hooks", "memory", "order", "warps")]
+    return Kernels(_kept(".so", [*KERNELS.glob("*.cuh"), *HERE.glob("*.h"), *runtime], compile, wrappers, arch), wrappers, arch)
 
 
 def _runtime(name: str) -> Path:
     source = HERE / f"{name}.cc"
-    return _kept(
-        ".o", [source, HERE / "state.h", HERE / "runtime.h"], lambda into: run(*GCC, "-c", str(source), "-o", str(into))
-    )
+    return _kept(".o", [source, *HERE.glob("*.h")], lambda into: run(*GCC, "-c", str(source), "-o", str(into)))
 
 
 def _kept(suffix: str, sources: list[Path], compile, *given) -> Path:
@@ -160,7 +158,7 @@ def _source(wrappers: str) -> str:
     """C++ in which lines have the numbers that they have in the wrappers. From the first function that is no kernel on,
     nothing but functions for C follows."""
     lines = wrappers.splitlines()
-    first = next(i for i, line in enumerate(lines) if re.match(r"void \w+\(", line))
+    first = next(i for i, line in enumerate(lines) if re.match(FUNCTION, line))
     functions = f'#pragma GCC visibility push(default)\nextern "C" {{\n#line {first + 1} "wrappers"\n{_text(lines[first:])}}}\n'
     return f'#include "device.cuh"\nusing namespace moss_cuda;\n#line 1 "wrappers"\n{_text(lines[:first])}{functions}'
 
@@ -184,21 +182,23 @@ class Kernels:
         self._library = ctypes.CDLL(str(path))
         self._library.emulation_allocate.restype = ctypes.c_void_p
         self._library.emulation_error.restype = ctypes.c_char_p
-        found = re.findall(r"^void (\w+)\(([^)]*)\)", wrappers, re.M)
-        self._functions = {name: [_Parameter(p) for p in parameters.split(",")] for name, parameters in found}
+        found = re.findall(FUNCTION, wrappers, re.M)
+        self._functions = {name: [_Parameter(p) for p in parameters.split(",")] for _, name, parameters in found}
+        for returned, name, _ in found:
+            getattr(self._library, name).restype = NUMBERS.get(returned)
 
     def __getattr__(self, name: str):
         if name.startswith("_") or name not in self._functions:
             raise AttributeError(name)
         return lambda *given, seed=None: self._call(name, given, seed)
 
-    def _call(self, name: str, given: tuple, seed: int | None) -> None:
+    def _call(self, name: str, given: tuple, seed: int | None):
         parameters, library = self._functions[name], self._library
         assert len(given) == len(parameters), f"{name} takes {', '.join(p.text for p in parameters)}"
         seed = secrets.randbits(32) if seed is None else seed
         library.emulation_begin(ctypes.c_uint64(seed), ctypes.c_uint64(MOST_SHARED[self._arch] << 10))
         places = [p.place(library, value) for p, value in zip(parameters, given)]
-        getattr(library, name)(*places)
+        result = getattr(library, name)(*places)
         for place, value in zip(places, given):
             if isinstance(value, Memory):
                 data, written = _pointer(value.array), _pointer(value.written)
@@ -206,6 +206,7 @@ class Kernels:
         error = library.emulation_error().decode()
         if error:
             raise KernelError(f"{self._with_lines(error)} [seed={seed}]")
+        return result
 
     def _with_lines(self, error: str) -> str:
         """The error, with places in the code as files and lines: the innermost ones outside of the emulation."""

@@ -10,6 +10,8 @@
 
 #include "half.h"
 #include "runtime.h"
+#include "vectors.h"
+#include "warps.h"
 
 #define __CUDA_ARCH__ MOSS_EMULATED
 #define __global__ static
@@ -34,28 +36,6 @@ static constexpr int warpSize = 32;
 #define MOSS_SITE __FILE__ ":" MOSS_STRING(__LINE__)
 
 typedef struct CUstream_st* cudaStream_t;
-
-// ---- vectors -----------------------------------------------------------------------------------------------------------------
-
-#define MOSS_VECTORS(name, type, align)                                                          \
-    struct alignas(2 * sizeof(type)) name##2 { type x, y; };                                     \
-    struct name##3 { type x, y, z; };                                                            \
-    struct alignas(align) name##4 { type x, y, z, w; };                                          \
-    inline name##2 make_##name##2(type x, type y) { return {x, y}; }                             \
-    inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; }                  \
-    inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
-#define uint3 moss_uint3  // runtime.h has it
-MOSS_VECTORS(uint, unsigned, 16)
-#undef uint3
-MOSS_VECTORS(float, float, 16)
-MOSS_VECTORS(int, int, 16)
-MOSS_VECTORS(char, signed char, 4)
-MOSS_VECTORS(uchar, unsigned char, 4)
-MOSS_VECTORS(short, short, 8)
-MOSS_VECTORS(ushort, unsigned short, 8)
-#undef MOSS_VECTORS
-struct alignas(16) longlong2 { long long x, y; };
-struct alignas(16) ulonglong2 { unsigned long long x, y; };
 
 // ---- numbers -----------------------------------------------------------------------------------------------------------------
 
@@ -99,7 +79,10 @@ inline int __dp4a(int a, int b, int c) {
 // ---- memory ------------------------------------------------------------------------------------------------------------------
 
 template <typename T>
-T __ldg(const T* p) { return *p; }
+T __ldg(const T* p) {
+    moss_emulation::reads_unchanging(p, sizeof(T));
+    return *p;
+}
 template <typename T>
 T __ldcs(const T* p) { return *p; }
 template <typename T>
@@ -170,28 +153,14 @@ struct SyncWarp {
     void operator()(unsigned mask = ~0u) const { warp_barrier(mask, site); }
 };
 
-struct Shuffle {
-    uint64_t sent, received;
-    int from;
-};
-
-inline void complete_shuffle(void* const payload[32], unsigned arrived) {
-    for (int l = 0; l < 32; l++) {
-        if (!(arrived >> l & 1)) continue;
-        Shuffle& s = *(Shuffle*)payload[l];
-        if (!(arrived >> s.from & 1)) fail("a shuffle: lane %d takes the value of lane %d, which does not take part", l, s.from);
-        s.received = ((const Shuffle*)payload[s.from])->sent;
-    }
-}
-
 template <typename T>
 T shuffle(const char* name, const char* site, unsigned mask, T value, int from, int width) {
     static_assert(sizeof(T) <= 8, "shuffles take up to eight bytes");
     if (width < 1 || width > 32 || (width & (width - 1))) fail("%s of width %d", name, width);
     Shuffle s{0, 0, from};
-    std::memcpy(&s.sent, &value, sizeof value);
+    __builtin_memcpy(&s.sent, &value, sizeof value);
     collective(name, mask, &s, complete_shuffle, site);
-    std::memcpy(&value, &s.received, sizeof value);
+    __builtin_memcpy(&value, &s.received, sizeof value);
     return value;
 }
 
@@ -213,18 +182,6 @@ template <typename T>
 T shuffle_xor(const char* site, unsigned mask, T value, int other, int width = 32) {
     int from = lane() ^ other;
     return shuffle("__shfl_xor_sync", site, mask, value, from > (lane() | (width - 1)) ? lane() : from, width);
-}
-
-struct Vote {
-    bool mine;
-    unsigned all;
-};
-
-inline void complete_vote(void* const payload[32], unsigned arrived) {
-    unsigned all = 0;
-    for (int l = 0; l < 32; l++) all |= (unsigned)(arrived >> l & 1 && ((const Vote*)payload[l])->mine) << l;
-    for (int l = 0; l < 32; l++)
-        if (arrived >> l & 1) ((Vote*)payload[l])->all = all;
 }
 
 inline unsigned vote(const char* name, const char* site, unsigned mask, bool mine) {

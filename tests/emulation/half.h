@@ -2,18 +2,19 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
-#include <cstring>
+
+#include "vectors.h"
 
 namespace moss_emulation {
 
 inline uint32_t bits_of(float f) {
     uint32_t u;
-    std::memcpy(&u, &f, 4);
+    __builtin_memcpy(&u, &f, 4);
     return u;
 }
 inline float float_of(uint32_t u) {
     float f;
-    std::memcpy(&f, &u, 4);
+    __builtin_memcpy(&f, &u, 4);
     return f;
 }
 
@@ -27,7 +28,7 @@ inline float half_to_float(uint16_t h) {
 
 inline uint16_t double_to_half(double d) {
     uint64_t u;
-    std::memcpy(&u, &d, 8);
+    __builtin_memcpy(&u, &d, 8);
     uint16_t sign = u >> 48 & 0x8000;
     double a = std::fabs(d);
     if (a != a) return 0x7fff;
@@ -43,9 +44,9 @@ inline uint16_t half_fma(float a, float b, float c) {
     double p = (double)a * b, s = p + c, back = s - p;
     double rest = (p - (s - back)) + (c - back);
     uint64_t u;
-    std::memcpy(&u, &s, 8);
+    __builtin_memcpy(&u, &s, 8);
     if (rest != 0 && std::isfinite(s) && !(u & 1)) u += (rest > 0) == (s > 0) ? 1 : -1;
-    std::memcpy(&s, &u, 8);
+    __builtin_memcpy(&s, &u, 8);
     return double_to_half(s);
 }
 
@@ -120,6 +121,8 @@ inline half2 __halves2half2(half x, half y) { return {x, y}; }
 inline half2 __half2half2(half a) { return {a, a}; }
 inline half2 __float2half2_rn(float f) { return {f, f}; }
 inline half2 __floats2half2_rn(float x, float y) { return {x, y}; }
+inline float2 __half22float2(half2 a) { return {a.x, a.y}; }
+inline half2 __float22half2_rn(float2 a) { return {a.x, a.y}; }
 inline half __low2half(half2 a) { return a.x; }
 inline half __high2half(half2 a) { return a.y; }
 inline float __low2float(half2 a) { return a.x; }

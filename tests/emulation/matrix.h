@@ -1,11 +1,10 @@
-// The instructions that device.cuh writes in PTX: asynchronous copies and products of small matrices, each lane with the parts that the
-// PTX ISA's pictures give it ("Matrix Fragments for mma.m16n8k16", "ldmatrix").
+// The instructions that device.cuh writes in PTX.
 #pragma once
 
 namespace moss_cuda {
 
-inline uint4 load16(const void* p) { return *(const uint4*)p; }
-inline uint4 load16_once(const void* p) { return *(const uint4*)p; }
+inline uint4 load16(const void* p) { return __ldg((const uint4*)p); }
+inline uint4 load16_once(const void* p) { return __ldg((const uint4*)p); }
 
 #if __CUDA_ARCH__ >= 800
 inline void cp_async16(void* shared, const void* global, int bytes = 16) {
@@ -38,26 +37,6 @@ inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
 
 namespace moss_emulation {
 
-struct Rows {
-    uint16_t row[8];      // what this lane's address leads to
-    uint32_t* received;
-};
-
-template <int MATRICES, bool TRANSPOSED>
-void complete_ldmatrix(void* const payload[32], unsigned arrived) {
-    if (arrived != ~0u) fail("ldmatrix needs all 32 lanes, and %08x came", arrived);
-    for (int l = 0; l < 32; l++) {
-        for (int m = 0; m < MATRICES; m++) {
-            uint32_t both = 0;
-            for (int e = 0; e < 2; e++) {
-                int row = TRANSPOSED ? l % 4 * 2 + e : l / 4, column = TRANSPOSED ? l / 4 : l % 4 * 2 + e;
-                both |= (uint32_t)((const Rows*)payload[m * 8 + row])->row[column] << 16 * e;
-            }
-            ((Rows*)payload[l])->received[m] = both;
-        }
-    }
-}
-
 template <int MATRICES, bool TRANSPOSED>
 void ldmatrix(uint32_t* r, const void* row) {
     Rows rows{{}, r};
@@ -67,37 +46,6 @@ void ldmatrix(uint32_t* r, const void* row) {
         std::memcpy(rows.row, row, 16);
     }
     collective(MATRICES == 4 ? TRANSPOSED ? "ldmatrix.x4.trans" : "ldmatrix.x4" : TRANSPOSED ? "ldmatrix.x2.trans" : "ldmatrix.x2", ~0u, &rows, complete_ldmatrix<MATRICES, TRANSPOSED>, "");
-}
-
-struct Product {
-    float* c;
-    const uint32_t *a, *b;
-};
-
-inline float half_at(const uint32_t* registers, int register_number, int e) {
-    return half_to_float((uint16_t)(registers[register_number] >> 16 * e));
-}
-
-template <int K>
-void complete_mma(void* const payload[32], unsigned arrived) {
-    if (arrived != ~0u) fail("mma needs all 32 lanes, and %08x came", arrived);
-    float a[16][K], b[K][8];
-    for (int l = 0; l < 32; l++) {
-        const Product& p = *(const Product*)payload[l];
-        int group = l / 4, pair = l % 4 * 2;
-        for (int e = 0; e < 2; e++) {
-            for (int r = 0; r < K / 4; r++) a[group + r % 2 * 8][pair + r / 2 * 8 + e] = half_at(p.a, r, e);
-            for (int r = 0; r < K / 8; r++) b[pair + r * 8 + e][group] = half_at(p.b, r, e);
-        }
-    }
-    for (int l = 0; l < 32; l++) {
-        float* c = ((const Product*)payload[l])->c;
-        for (int i = 0; i < 4; i++) {
-            double sum = c[i];
-            for (int k = 0; k < K; k++) sum += (double)a[l / 4 + i / 2 * 8][k] * b[k][l % 4 * 2 + i % 2];
-            c[i] = (float)sum;
-        }
-    }
 }
 
 template <int K>
