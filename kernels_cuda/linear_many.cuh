@@ -18,13 +18,12 @@ const int WARP_TOKENS = 8 * WARP_TILES;
 
 template <class W, int COLUMNS>
 struct Stage {
+    static const int BYTES = MANY_PANELS * W::BYTES + COLUMNS * WARP_TOKENS * STEP * 2;
+    static const int COUNT = BYTES <= 12288 ? 4 : 3;  // within the 48 KB that every card gives a block
+
     uint8_t weights[MANY_PANELS][W::BYTES];
     __half inputs[COLUMNS * WARP_TOKENS][STEP];
 };
-
-// As many as 48 KB hold, which every card gives a block.
-template <class W, int COLUMNS>
-constexpr int many_stages() { return 49152 / (int)sizeof(Stage<W, COLUMNS>) < 4 ? 49152 / (int)sizeof(Stage<W, COLUMNS>) : 4; }
 
 // Which step of which group.
 struct Step {
@@ -93,7 +92,7 @@ template <int COLUMNS, class W, class After>
 __global__ void __launch_bounds__(128 * COLUMNS, COLUMNS == 1 ? 2 : 1)
     linear_many(W w, Inputs x, Panels panels, int slice, Partial partial, After after) {
 #if MOSS_MMA
-    const int STAGES = many_stages<W, COLUMNS>();
+    const int STAGES = Stage<W, COLUMNS>::COUNT;
     MOSS_DYNAMIC_SHARED(unsigned char, memory);
     Stage<W, COLUMNS>* stages = (Stage<W, COLUMNS>*)memory;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_panel = warp % 4 * WARP_PANELS, warp_token = warp / 4 * WARP_TOKENS;
