@@ -54,7 +54,7 @@ struct Batch {
 
 // The inputs of groups [g, end) into shared memory: [group][step][token][STEP].
 template <class W>
-__device__ inline void copy_inputs(const W& w, const Inputs& x, int order, int g, int end, __half* to) {
+__device__ inline void copy_inputs(const W& w, const Inputs& x, int order, int g, int end, half* to) {
     const int pieces = (end - g) * w.steps() * (STEP / 8);
     for (int i = threadIdx.x; i < pieces; i += FEW_THREADS) {
         const int step = i / 4, k = step % w.steps() * STEP + i % 4 * 8;
@@ -66,13 +66,13 @@ __device__ inline void copy_inputs(const W& w, const Inputs& x, int order, int g
 }
 
 template <int TILES, class W>
-__device__ inline void multiply_batch(const W& w, const Batch<W>& batch, int count, const __half* x, int T, int lane, Sums<TILES>& sums) {
+__device__ inline void multiply_batch(const W& w, const Batch<W>& batch, int count, const half* x, int T, int lane, Sums<TILES>& sums) {
 #pragma unroll
     for (int b = 0; b < W::BATCH; b++)
         if (b < count) {
             Sums<TILES> of_group;
             Sums<TILES>& to = W::SCALED ? of_group : sums;
-            __half2 offset[2];
+            half2 offset[2];
             W::offsets(batch.scales[b], offset);
 #pragma unroll
             for (int j = 0; j < W::STEPS; j++)
@@ -87,10 +87,10 @@ __device__ inline void multiply_batch(const W& w, const Batch<W>& batch, int cou
 
 // Grid: blocks of panels, slices. slice, stage: groups of a slice, and those whose inputs are in shared memory at a time, a
 // multiple of BATCH.
-template <int TILES, class W, class After>
+template <int TILES, class W>
 __global__ void __launch_bounds__(FEW_THREADS, few_resident(TILES))
     linear_few(W w, Inputs x, Panels panels, int slice, int stage, Partial partial, After after) {
-    MOSS_DYNAMIC_SHARED(__half, inputs);
+    MOSS_DYNAMIC_SHARED(half, inputs);
     const int lane = threadIdx.x % 32, T = x.tokens;
     int first, panels_end;
     const int order = panels.of(blockIdx.x, FEW_WARPS, &first, &panels_end);
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(FEW_THREADS, few_resident(TILES))
     if (own >= panels_end) return;
     sums.each(T, lane, [&](int t, int row, float v) {
         const int n = panel * PANEL + W::row(lane, row);
-        if (n < w.n) partial.put(blockIdx.y, T, w.n, x.first, t, n, v, after);
+        if (n < w.n) put(partial, after, blockIdx.y, x.first, t, n, v);
     });
 }
 

@@ -22,7 +22,7 @@ struct Stage {
     static const int COUNT = BYTES <= 12288 ? 4 : 3;  // within the 48 KB that every card gives a block
 
     uint8_t weights[MANY_PANELS][W::BYTES];
-    __half inputs[COLUMNS * WARP_TOKENS][STEP];
+    half inputs[COLUMNS * WARP_TOKENS][STEP];
 };
 
 // Which step of which group.
@@ -53,13 +53,13 @@ __device__ inline void copy_step(const W& w, const Inputs& x, const Block& b, St
     }
 }
 
-#if MOSS_MMA
+#if MOSS_TENSOR_CORES
 
 typedef float WarpSums[WARP_PANELS][WARP_TILES][4];
 
 // sums += a step, weights from where the warp's begin, inputs as well.
 template <class W>
-__device__ inline void multiply_step(const uint8_t (*weights)[W::BYTES], const __half (*x)[STEP], const __half2 offset[WARP_PANELS][2],
+__device__ inline void multiply_step(const uint8_t (*weights)[W::BYTES], const half (*x)[STEP], const half2 offset[WARP_PANELS][2],
                                      int lane, WarpSums& sums) {
     uint4 rows[WARP_PANELS][2];
 #pragma unroll
@@ -88,10 +88,10 @@ __device__ inline void end_group(WarpSums& whole, WarpSums& sums, const float2 s
 #endif
 
 // Grid: tokens' blocks, which share the weights in the L2 cache; blocks of panels; slices of `slice` groups.
-template <int COLUMNS, class W, class After>
+template <int COLUMNS, class W>
 __global__ void __launch_bounds__(128 * COLUMNS, COLUMNS == 1 ? 2 : 1)
     linear_many(W w, Inputs x, Panels panels, int slice, Partial partial, After after) {
-#if MOSS_MMA
+#if MOSS_TENSOR_CORES
     const int STAGES = Stage<W, COLUMNS>::COUNT;
     MOSS_DYNAMIC_SHARED(unsigned char, memory);
     Stage<W, COLUMNS>* stages = (Stage<W, COLUMNS>*)memory;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(128 * COLUMNS, COLUMNS == 1 ? 2 : 1)
     }
     int stage = 0;
     for (int g = begin; g < end; g++) {
-        __half2 offset[WARP_PANELS][2];
+        half2 offset[WARP_PANELS][2];
         float2 scale[WARP_PANELS];
 #pragma unroll
         for (int p = 0; p < WARP_PANELS; p++) {
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(128 * COLUMNS, COLUMNS == 1 ? 2 : 1)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const int t = b.token + warp_token + 8 * i + lane % 4 * 2 + j % 2, n = panel[p] * PANEL + W::row(lane, j / 2);
-                if (t < x.tokens && n < w.n) partial.put(blockIdx.z, x.tokens, w.n, x.first, t, n, whole[p][i][j], after);
+                if (t < x.tokens && n < w.n) put(partial, after, blockIdx.z, x.first, t, n, whole[p][i][j]);
             }
     }
 #endif

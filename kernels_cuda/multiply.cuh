@@ -1,7 +1,7 @@
-// The arithmetic of a warp's products: 16 rows of weights times 8 tokens, STEP = 32 inputs at a time, fp32 sums.
-// Lane l has of two rows, which the weights say, inputs 8 (l % 4) ... + 7 of a step as halves, and of token l / 4 the same inputs: a
-// matrix instruction takes the inputs of a sum in any order, as long as it is the same in both factors, so 16 bytes of a row and 16 of a token are
-// what its fragments are made of. Without tensor cores (before sm_75) a lane sums over its own inputs.
+// The arithmetic of a warp's products: 16 rows of weights times tokens, a step of 32 inputs at a time, with fp32 sums.
+// Lane l has inputs 8 (l % 4) ... + 7 of a step: of two rows (which ones, the weights say), and of token l / 4. A matrix instruction
+// takes the inputs of a sum in any order that is the same for both factors, so 16 bytes of a row and 16 of a token are its
+// fragments as they are. Without tensor cores (before sm_75) a lane sums over its own inputs, and lanes are added at the end.
 #pragma once
 #include "device.cuh"
 
@@ -10,22 +10,17 @@ namespace moss_cuda {
 const int PANEL = 16;  // rows
 const int STEP = 32;   // inputs
 
-#if MOSS_MMA  // 16816 or 1688: what the card has
+// What has the matrix instructions: the host's pass reads them, too.
+#define MOSS_TENSOR_CORES (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 750)
 
-// c += 16 rows x 8 tokens of a step. Lane l then has its two rows' sums of tokens 2 (l % 4) and the one after it: c[2 row + token].
+#if MOSS_TENSOR_CORES
+
+// c += 16 rows x 8 tokens of a step. c[2 i + j] is the sum of the lane's row i and token 2 (l % 4) + j.
 __device__ inline void multiply(float c[4], const uint4 rows[2], const uint4& x) {
-    const uint4 &a = rows[0], &b = rows[1];
-#if MOSS_MMA == 16816
-    const uint32_t first[4] = {a.x, b.x, a.y, b.y}, second[4] = {a.z, b.z, a.w, b.w};
-    mma_16816(c, first, &x.x);
-    mma_16816(c, second, &x.z);
-#else
-    const uint32_t all[4][2] = {{a.x, b.x}, {a.y, b.y}, {a.z, b.z}, {a.w, b.w}};
-    mma_1688(c, all[0], &x.x);
-    mma_1688(c, all[1], &x.y);
-    mma_1688(c, all[2], &x.z);
-    mma_1688(c, all[3], &x.w);
-#endif
+    const uint32_t first[4] = {rows[0].x, rows[1].x, rows[0].y, rows[1].y}, second[4] = {rows[0].z, rows[1].z, rows[0].w, rows[1].w};
+    const uint32_t of_first[2] = {x.x, x.y}, of_second[2] = {x.z, x.w};
+    mma_16816(c, first, of_first);
+    mma_16816(c, second, of_second);
 }
 
 // The sums of a panel and up to 8 TILES tokens.
@@ -34,7 +29,7 @@ struct Sums {
     float at[TILES][4] = {};
 
     // x: the step's inputs of T tokens, [T][STEP] halves. Tokens from T on get the last one's: nobody asks for their sums.
-    __device__ void add(const uint4 rows[2], const __half* x, int T, int lane) {
+    __device__ void add(const uint4 rows[2], const half* x, int T, int lane) {
 #pragma unroll
         for (int i = 0; i < TILES; i++)
             multiply(at[i], rows, *(const uint4*)(x + min(8 * i + lane / 4, T - 1) * STEP + lane % 4 * 8));
@@ -66,10 +61,9 @@ template <int TILES>
 struct Sums {
     float at[8 * TILES][2] = {};  // over the lane's inputs
 
-    __device__ void add(const uint4 rows[2], const __half* x, int T, int lane) {
+    __device__ void add(const uint4 rows[2], const half* x, int T, int lane) {
         float2 a[2][4];
-#pragma unroll
-        for (int r = 0; r < 2; r++) floats(rows[r], a[r]);
+        floats(rows[0], a[0]), floats(rows[1], a[1]);
 #pragma unroll
         for (int t = 0; t < 8 * TILES; t++)
             if (t < T) {
@@ -102,7 +96,7 @@ struct Sums {
 
 private:
     __device__ static void floats(const uint4& halves, float2 to[4]) {
-        const __half2* h = (const __half2*)&halves;
+        const half2* h = (const half2*)&halves;
 #pragma unroll
         for (int i = 0; i < 4; i++) to[i] = __half22float2(h[i]);
     }

@@ -6,7 +6,7 @@
 namespace moss_cuda {
 
 struct WeightsF16 {
-    const __half* w;
+    const half* w;
     int n, k, groups;
 
     static const bool SCALED = false;
@@ -43,13 +43,13 @@ struct WeightsF16 {
 
     __device__ Scales scales(int, int, int) const { return {}; }
     __device__ static float2 scale_of(Scales) { return {1, 1}; }
-    __device__ static void offsets(Scales, __half2*) {}
-    __device__ static void unpack(const Raw& raw, const __half2*, uint4 to[2]) { to[0] = raw.of[0], to[1] = raw.of[1]; }
+    __device__ static void offsets(Scales, half2*) {}
+    __device__ static void unpack(const Raw& raw, const half2*, uint4 to[2]) { to[0] = raw.of[0], to[1] = raw.of[1]; }
 
 private:
     // Inputs at ... + 7 of row r; zeros from K on. Rows from N on are the last one: nobody asks for their sums.
     __device__ uint4 piece(int r, int at) const {
-        const __half* from = w + (int64_t)min(r, n - 1) * k + at;
+        const half* from = w + (int64_t)min(r, n - 1) * k + at;
         uint4 piece = {};
         if (k % 8 == 0) {
             if (at < k) piece = __ldg((const uint4*)from);

@@ -17,7 +17,7 @@ namespace moss_cuda {
 template <int BITS, int GROUP>
 struct WeightsGrouped {
     const uint8_t* q;
-    const __half* scale;
+    const half* scale;
     const uint8_t* zero;
     int n, k, groups, inputs;  // inputs: of a group
 
@@ -74,7 +74,7 @@ struct WeightsGrouped {
     __device__ static float2 scale_of(Scales s) { return __half22float2(as_half2(s.scale)); }
 
     // What makes q of the two rows from numbers that have it in their last bits: 0x6400 is 1024, where a half's last bit is 1.
-    __device__ static void offsets(Scales s, __half2 to[2]) {
+    __device__ static void offsets(Scales s, half2 to[2]) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const uint32_t below = 0xE401 + (s.zero >> 8 * i & 255);  // -1024 - (zero + 1)
@@ -84,7 +84,7 @@ struct WeightsGrouped {
     }
 
     // q - zero - 1 of the lane's inputs, of both rows.
-    __device__ static void unpack(const Raw& raw, const __half2 offset[2], uint4 to[2]) {
+    __device__ static void unpack(const Raw& raw, const half2 offset[2], uint4 to[2]) {
         if (BITS == 8) {
             to[0] = {pair8(raw.of[0].x, 0x4140, offset[0]), pair8(raw.of[0].x, 0x4342, offset[0]),
                      pair8(raw.of[WORDS - 1].x, 0x4140, offset[0]), pair8(raw.of[WORDS - 1].x, 0x4342, offset[0])};
@@ -99,20 +99,20 @@ struct WeightsGrouped {
     }
 
 private:
-    __device__ static __half2 as_half2(uint32_t bits) {
-        __half2 h;
+    __device__ static half2 as_half2(uint32_t bits) {
+        half2 h;
         *(uint32_t*)&h = bits;
         return h;
     }
-    __device__ static uint32_t bits_of(__half2 h) { return *(uint32_t*)&h; }
+    __device__ static uint32_t bits_of(half2 h) { return *(uint32_t*)&h; }
 
     // Two bytes that `bytes` selects, each under the upper byte of 1024.
-    __device__ static uint32_t pair8(uint32_t w, uint32_t bytes, __half2 offset) {
+    __device__ static uint32_t pair8(uint32_t w, uint32_t bytes, half2 offset) {
         return bits_of(__hadd2(as_half2(__byte_perm(w, 0x64646464, bytes)), offset));
     }
 
     // Both halves of one byte: 1024 + the lower, and 1024 + 16 times the upper one, which a multiplication makes 64 + the upper one.
-    __device__ static uint32_t pair4(uint32_t w, uint32_t byte, __half2 offset) {
+    __device__ static uint32_t pair4(uint32_t w, uint32_t byte, half2 offset) {
         const uint32_t both = (__byte_perm(w, 0, byte) & 0x00F0000F) | 0x64006400;
         return bits_of(__hfma2(as_half2(both), as_half2(0x2C003C00), offset));  // by 1 and by 1/16
     }
