@@ -14,10 +14,9 @@ from ..emulation.build import KERNELS, build, inout, unwritten
 
 WRAPPERS = """
 #include "linear.cuh"
-#define WEIGHTS int bits, const void* q, const half* scale, const uint8_t* zero, const int32_t* order, int orders, int n, int k, int group
-void workspace(int64_t* bytes, int multiprocessors, int64_t T, int64_t split, int bits, int orders, int n, int k, int group) {
+int64_t workspace(int multiprocessors, int64_t T, int64_t split, int bits, int orders, int n, int k, int group) {
     device().multiprocessors = multiprocessors;
-    *bytes = linear_workspace({bits, nullptr, nullptr, nullptr, nullptr, orders, n, k, group}, T, split);
+    return linear_workspace({bits, nullptr, nullptr, nullptr, nullptr, orders, n, k, group}, T, split);
 }
 void linear_in(const float* x, const float* norm_weight, const float* norm_bias, int bits, const void* q, const half* scale,
                const uint8_t* zero, const int32_t* order, int orders, int n, int k, int group, const float* bias, half* qkv, half* both,
@@ -40,7 +39,7 @@ void head(const float* x, const float* norm_weight, const float* norm_bias, int 
     launch_head(x, {norm_weight, norm_bias, 1e-5f}, {bits, q, scale, zero, order, orders, n, k, group}, bias, logits, T, D, V,
                 workspace, 0);
 }
-""".replace("#define WEIGHTS int bits, const void* q, const half* scale, const uint8_t* zero, const int32_t* order, int orders, int n, int k, int group\n", "")
+"""
 
 ARCHS = {"no tensor cores": 700, "m16n8k8": 750, "cp.async": 800}
 GROUPS = pytest.mark.parametrize("bits, group", [(16, 0), (8, 128), (4, 128), (8, 72), (4, 40), (4, 8)])
@@ -78,9 +77,7 @@ class Weights:
             self.exact = np.concatenate([dequantise.in_order(w, order) for w, order in zip(cut, orders)])
 
     def workspace(self, kernels, T, split, multiprocessors):
-        bytes_ = unwritten(1, np.int64)
-        kernels.workspace(bytes_, multiprocessors, T, split, self.arguments[0], *self.shape)
-        return unwritten(int(bytes_.array[0]), np.uint8)
+        return unwritten(kernels.workspace(multiprocessors, T, split, self.arguments[0], *self.shape), np.uint8)
 
 
 def normed(rng, T, D):
