@@ -11,11 +11,21 @@ from ..weights.layout import PANEL
 
 
 class Quantised(NamedTuple):
-    """N rows of G groups of S inputs, row by row: q uint8 (N, G, S), scale float16 (N, G), zero uint8 (N, G)."""
+    """N rows of G groups of S inputs, row by row: q uint8 (N, G, S), scale float16 (N, G), zero uint8 (N, G), less one."""
 
     q: np.ndarray
     scale: np.ndarray
     zero: np.ndarray
+
+
+def with_zeros(q: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> Quantised:
+    """From zeros that are whole numbers 0 ... 256 of any dtype. One of 0 cannot be stored, but its group can, mirrored:
+    (q - 0) * scale is (top - q - top) * -scale, with top the largest q."""
+    none, top = zero == 0, 2**bits - 1
+    if none.any():
+        q = np.where(none[..., None], top - q, q)
+        scale, zero = np.where(none, -scale, scale), np.where(none, top, zero)
+    return Quantised(q.astype(np.uint8), scale.astype(np.float16), (zero - 1).astype(np.uint8))
 
 
 def in_panels(parts: Iterable[Quantised], bits: int) -> Iterator[Quantised]:

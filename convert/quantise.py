@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..weights.layout import GROUP
-from .panels import Quantised
+from .panels import Quantised, with_zeros
 
 # Narrower ranges than a group's own that are tried: what lies outside is clipped, and all else gets finer steps. Whichever has
 # the least squared error is taken. In 4 bits that is 5 % less error, of the weights and of the logits; finer or further
@@ -21,8 +21,7 @@ def quantise(w: np.ndarray, bits: int, group: int = GROUP) -> Quantised:
     """w float32 (N, K), none beyond fp16's largest; bits 8 or 4. Inputs that the last group lacks become exact zeros."""
     x = _groups(w, group)
     scale, zero = _best_grid(x, bits)
-    q = (_steps(x / scale, zero, bits) + zero).astype(np.uint8)
-    return Quantised(q, scale[..., 0].astype(np.float16), zero[..., 0].astype(np.uint8))
+    return with_zeros(_steps(x / scale, zero, bits) + zero, scale[..., 0], zero[..., 0], bits)
 
 
 def _groups(w: np.ndarray, group: int) -> np.ndarray:

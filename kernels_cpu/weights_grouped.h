@@ -1,11 +1,11 @@
 // Weights as whole numbers of BITS bits, 8 or 4, with a scale and a zero for each group of S inputs (a multiple of 8, at most
-// 128): w[n, k] = (q[n, k] - zero[n, g]) * scale[n, g], g = k / S. Sixteen rows, a panel, lie together, so that a vector's lanes
+// 128): w[n, k] = (q[n, k] - zero[n, g] - 1) * scale[n, g], g = k / S. Sixteen rows, a panel, lie together, so that a vector's lanes
 // are rows and no sum across lanes is ever needed. With P panels, G groups, and C = S BITS / 32 chunks of 64 bytes a group:
 //   q      (P, G, C, 16, 4 bytes)  4 bytes of each row: 4 inputs of 8 bits, or 8 of 4 bits, the first one lowest
 //   scale  (P, G, 16) halves
 //   zero   (P, G, 16) bytes
 // That is 131 or 67 bytes for 128 weights. Inputs come as 16-bit numbers with a scale for each group (inputs.h), so that all
-// sums within a group are exact whole numbers: below 255 * 32767 * 128 < 2^31.
+// sums within a group are exact whole numbers: at most 256 * 32767 * 128 < 2^31, since q - zero - 1 is within -256 ... 254.
 #pragma once
 #include "inputs.h"
 
@@ -82,7 +82,7 @@ struct WeightsGrouped {
                 MOSS_UNROLL
                 for (int v = 0; v < LANES; v++) {
                     const int64_t at = ((first + r * apart) * x.G + g) * PANEL + v * VEC;
-                    const vec s = load_f16(scale + at), z = load_u8(zero_ + at);
+                    const vec s = load_f16(scale + at), z = add(load_u8(zero_ + at), all(1.f));
                     prefetch(scale + at + 256);
                     prefetch(zero_ + at + 256);
                     MOSS_UNROLL
@@ -111,7 +111,7 @@ struct WeightsGrouped {
             const int64_t panel = std::min((n + row) / PANEL, panels - 1), lane = (n + row) % PANEL;
             const int64_t at = (panel * groups() + g) * PANEL + lane;
             store(scales + row, load_f16(scale + at));
-            const pairs z = twice_u8(zero_ + at);
+            const pairs z = sub(twice_u8(zero_ + at), all_pairs((int16_t)-1));
             const uint8_t* from = chunk(panel, g, 0) + 4 * lane;
             int16_t* to = values + 2 * row;
             for (int64_t c = 0; c < chunks(); c++, from += 64, to += 2 * SLICES * ROWS) {

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .drafts import Drafts
-from .sampling import Sampler, Sampling
+from .model import Request
+from .sampling import Likeliest, Sampler, Sampling
 from .stopping import Stop, Text
 
 
@@ -61,7 +62,8 @@ class Answer:
         """limit: tokens of prompt and answer together. drafts: guesses ahead, if any. stats: filled as the answer grows."""
         self.done = False
         self.stats = stats
-        self._stop, self._sampler, self._drafts = stop, Sampler(sampling), drafts
+        self._stop, self._drafts = stop, drafts
+        self._sampling, self._sampler = sampling, Sampler(sampling)
         self._text = Text(tokenizer.decoder(skip_special=True), stop.strings)
         self._sequence = np.empty(limit, np.int64)
         self._sequence[: len(ids)] = ids
@@ -78,7 +80,11 @@ class Answer:
             return self._sequence[:0]
         return self._drafts.propose(self.ids, len(self._sequence) - self._length - 1)
 
-    def take(self, logits: np.ndarray, draft: np.ndarray, before: float) -> list[Piece]:
+    def request(self, sequence, draft: np.ndarray) -> Request:
+        """For the logits after all ids and after each token of the draft."""
+        return Request(sequence, np.concatenate([self.ids, draft]), len(draft) + 1, self._sampling)
+
+    def take(self, logits: list[np.ndarray | Likeliest], draft: np.ndarray, before: float) -> list[Piece]:
         """Choose as many tokens as the logits after ids and after each token of the draft allow.
 
         Each is chosen as it would have been without a draft, and those after a wrong guess are not looked at: so drafts
@@ -120,7 +126,7 @@ def generate(model, answers: list[Answer], sequences: list) -> Iterator[tuple[in
         before = time.perf_counter()
         drafts = [answers[i].draft() for i in going]
         # All ids each time: the model evaluates only what it has not, even when it was used in between.
-        requests = [(sequences[i], np.concatenate([answers[i].ids, d]), len(d) + 1) for i, d in zip(going, drafts)]
+        requests = [answers[i].request(sequences[i], draft) for i, draft in zip(going, drafts)]
         for i, draft, logits in zip(going, drafts, model.evaluate(requests)):
             for piece in answers[i].take(logits, draft, before):
                 yield i, piece

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from .cache import Cache
 from .config import Config
 from .drafts import Drafts
 from .errors import MossError
@@ -94,8 +93,7 @@ class Moss:
         """
         chosen = Sampling(**sampling)
         answers = [self._answer(p, max_new_tokens, chosen, stop, drafts, Stats()) for p in prompts]
-        cache = Cache(self.config, self.context, places=len(answers))
-        return generate(self.model, answers, cache.sequences)
+        return generate(self.model, answers, self.model.cache(places=len(answers)).sequences)
 
     def _answer(self, prompt, max_new_tokens: int, sampling: Sampling, stop, drafts: bool | None, stats: Stats) -> Answer:
         if max_new_tokens < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,10 +39,23 @@ class Sampling:
             return 1.0 if self.greedy else 1.02
         return self.repetition_penalty
 
+    @property
+    def enough(self) -> int:
+        """How many of the likeliest tokens are all that matters; 0: every token may."""
+        return 1 if self.greedy else self.top_k
+
 
 def _require(name: str, value, ok: bool, wanted: str) -> None:
     if not ok:
         raise MossError(f"{name} is {value}, it must be {wanted}")
+
+
+class Likeliest(NamedTuple):
+    """The highest logits of a position, highest first, the repetition penalty taken into account: what a device gives where
+    those are ``enough``."""
+
+    ids: np.ndarray  # int (k,)
+    logits: np.ndarray  # float32 (k,)
 
 
 class Sampler:
@@ -51,17 +65,17 @@ class Sampler:
         self._sampling = sampling
         self._rng = np.random.default_rng(sampling.seed)
 
-    def choose(self, logits: np.ndarray, seen: np.ndarray) -> int:
-        """The next id. logits float32 (V,), left as they are; seen: the ids of prompt and answer so far.
+    def choose(self, logits: np.ndarray | Likeliest, seen: np.ndarray) -> int:
+        """The next id. logits: float32 (V,), left as they are, or the likeliest; seen: the ids of prompt and answer so far.
 
         The order is that of the official code: repetition penalty, temperature, top_k, top_p.
         """
         s = self._sampling
-        if s.penalty != 1:
-            logits = penalised(logits, seen, s.penalty)
+        if not isinstance(logits, Likeliest):
+            logits = likeliest(logits if s.penalty == 1 else penalised(logits, seen, s.penalty), s.enough)
         if s.greedy:
-            return int(logits.argmax())
-        ids, p = distribution(logits, s.temperature, s.top_k, s.top_p)
+            return int(logits.ids[0])
+        ids, p = distribution(logits, s.temperature, s.top_p)
         at = np.searchsorted(np.cumsum(p), self._rng.random(), side="right")
         return int(ids[min(at, len(ids) - 1)])  # a sum of probabilities may end below 1
 
@@ -74,18 +88,25 @@ def penalised(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarra
     return logits
 
 
-def distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+def likeliest(logits: np.ndarray, count: int) -> Likeliest:
+    """The ``count`` highest of logits (V,), all if 0; of equal ones the lower ids first."""
+    if count == 1:
+        best = logits.argmax()
+        return Likeliest(np.array([best]), logits[[best]])
+    k = min(count or len(logits), len(logits))
+    ids = np.sort(np.argpartition(logits, len(logits) - k)[len(logits) - k :])
+    ids = ids[np.argsort(-logits[ids], kind="stable")]
+    return Likeliest(ids, logits[ids])
+
+
+def distribution(likely: Likeliest, temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray]:
     """The ids that may follow and their probabilities, likeliest first.
 
-    top_k keeps the k highest logits; of these, top_p keeps the smallest set of likeliest ids whose probability
-    passes top_p (Holtzman et al., 2019), at least one.
+    top_p keeps the smallest set of likeliest ids whose probability passes top_p (Holtzman et al., 2019), at least one.
     """
-    k = min(top_k or len(logits), len(logits))
-    ids = np.argpartition(logits, len(logits) - k)[len(logits) - k :]
-    ids = ids[np.argsort(-logits[ids], kind="stable")]
-    scaled = logits[ids].astype(np.float64) / temperature
+    scaled = likely.logits.astype(np.float64) / temperature
     p = np.exp(scaled - scaled[0])
     p /= p.sum()
     if top_p < 1:
         p = p[: np.searchsorted(np.cumsum(p), top_p, side="right") + 1]
-    return ids[: len(p)], p / p.sum()
+    return likely.ids[: len(p)], p / p.sum()

@@ -18,7 +18,7 @@ def unpack(q: np.ndarray, bits: int) -> np.ndarray:
 
 def dequantise(q: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int, n: int, k: int) -> np.ndarray:
     """The matrix (n, k) of three stored tensors, its inputs in stored order."""
-    rows = [x.transpose(0, 2, 1).reshape(-1, x.shape[1], 1) for x in (scale.astype(np.float64), zero.astype(np.int64))]
+    rows = [x.transpose(0, 2, 1).reshape(-1, x.shape[1], 1) for x in (scale.astype(np.float64), zero.astype(np.int64) + 1)]
     return ((unpack(q, bits) - rows[1]) * rows[0]).reshape(len(rows[0]), -1)[:n, :k]
 
 

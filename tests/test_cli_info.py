@@ -49,7 +49,7 @@ def test_converted(tmp_path, info):
     code, stdout, _ = info("--json", dst)
     found = json.loads(stdout)
     assert code == 0 and found["problems"] == []
-    assert (found["kind"], found["format"], found["dtype"], found["head_dtype"]) == ("converted", 2, "fp16", "fp16")
+    assert (found["kind"], found["format"], found["dtype"], found["head_dtype"]) == ("converted", 3, "fp16", "fp16")
     assert found["parameters"] == PARAMETERS
     assert found["bytes"] == sum(p.stat().st_size for p in dst.glob("*.safetensors")) == sum(f["bytes"] for f in found["files"])
     assert found["cache_bytes_per_token"] == 5 * 2 * 16 * 2 and found["cache_bytes_at_n_ctx"] == 32 * 5 * 2 * 16 * 2
@@ -68,7 +68,7 @@ def test_a_quantised_one(tmp_path, info):
     block = next(f for f in found["files"] if f["name"] == "block-04.safetensors")
     assert block["tensors"][2] == {"name": "in.weight.q", "dtype": "U8", "shape": [7, 1, 16, 64]}
     code, stdout, _ = info(dst)
-    assert code == 0 and "format 2, int4, lm_head in int8" in stdout
+    assert code == 0 and "format 3, int4, lm_head in int8" in stdout
 
 
 def test_what_people_see(tmp_path, info):
@@ -86,7 +86,7 @@ def test_what_people_see(tmp_path, info):
     code, stdout, _ = info(convert.weights(src, tmp_path / "dst"))
     assert code == 0
     for text in (
-        "format 2, fp16, lm_head in fp16",
+        "format 3, fp16, lm_head in fp16",
         "320 bytes a token",
         "block-00.safetensors",
         "3 more blocks",
@@ -124,7 +124,7 @@ def test_a_broken_converted_one(tmp_path, info):
     (dst / "block-02.safetensors").unlink()
     code, stdout, _ = info(dst)
     assert code == 1 and "block-02.safetensors: missing; convert the checkpoint again" in stdout
-    assert re.search("converted, format 2 *\n", stdout) and "None" not in stdout
+    assert re.search("converted, format 3 *\n", stdout) and "None" not in stdout
 
 
 def test_the_quantised_ones(official_checkpoint, info):

@@ -50,8 +50,8 @@ class Script:
         return 1
 
     def evaluate(self, requests):
-        self.asked += [list(ids) for _, ids, _ in requests]
-        return [self._logits(len(ids), last) for _, ids, last in requests]
+        self.asked += [list(request.ids) for request in requests]
+        return [self._logits(len(request.ids), request.last) for request in requests]
 
     def _logits(self, length, last):
         logits = np.zeros((last, 258), np.float32)
@@ -125,7 +125,7 @@ def test_several_answers_share_sweeps():
 
     class Both:
         def evaluate(self, requests):
-            return [sequence.evaluate([(None, ids, last)])[0] for sequence, ids, last in requests]
+            return [request.sequence.evaluate([request])[0] for request in requests]
 
     stop, stats = Stop.of(None, Bytes(), EOM), [Stats(), Stats()]
     answers = [Answer(Bytes(), [1, 2], stop, Sampling(greedy=True), 40, None, s) for s in stats]

@@ -11,9 +11,8 @@ import pytest
 
 import moss_jt
 from moss_jt import MossError
-from moss_jt.cache import Cache
 from moss_jt.config import Config
-from moss_jt.model import Model
+from moss_jt.model import Model, Request
 from moss_jt.weights import open_weights
 
 from . import reference
@@ -81,17 +80,17 @@ def test_a_common_beginning_is_not_evaluated_again_and_changes_nothing(random_mo
 
 def test_several_sequences_share_sweeps(random_model, monkeypatch):
     model, state, config = random_model
-    sequences = Cache(config, 40, places=3).sequences
+    sequences = model.cache(places=3).sequences
     ids = [np.random.default_rng().integers(0, 120, n) for n in (40, 7, 23)]
     for parts in ((5, 6, 1), (20, 7, 2), (40, 7, 23)):  # each grows at its own pace, one not at all
-        got = model.evaluate([(s, i[:n], 4) for s, i, n in zip(sequences, ids, parts)])
+        got = model.evaluate([Request(s, i[:n], 4) for s, i, n in zip(sequences, ids, parts)])
         for logits, i, n in zip(got, ids, parts):
-            assert error(logits, reference.logits(config, state, i[:n])[-4:]) < 1e-3
+            assert error(np.stack(logits), reference.logits(config, state, i[:n])[-4:]) < 1e-3
     monkeypatch.setattr("moss_jt.model.CHUNK", 16)
     for s in sequences:
         s.truncate(3)
-    for logits, i in zip(model.evaluate([(s, i, 5) for s, i in zip(sequences[1:], ids[1:])]), ids[1:]):
-        assert error(logits, reference.logits(config, state, i)[-5:]) < 1e-3
+    for logits, i in zip(model.evaluate([Request(s, i, 5) for s, i in zip(sequences[1:], ids[1:])]), ids[1:]):
+        assert error(np.stack(logits), reference.logits(config, state, i)[-5:]) < 1e-3
 
 
 def test_numbers_of_the_caller_stay_as_precise_as_they_were():

@@ -101,7 +101,7 @@ def bench(tmp_path) -> Bench:
 def converted(bench) -> Path:
     folder = bench.here / "a model-jt"
     folder.mkdir()
-    (folder / "config.json").write_text('{\n  "moss_jt": {"format": 2, "dtype": "fp16"}}')
+    (folder / "config.json").write_text('{\n  "moss_jt": {"format": 3, "dtype": "fp16"}}')
     return folder
 
 

@@ -78,7 +78,7 @@ def _pool(name: str, dtype: str, bits: int) -> np.ndarray:
     if name.endswith(".q"):
         values = rng.integers(0, 256, count, np.uint8)
     elif name.endswith(".zero"):
-        values = np.full(count, 1 << (bits - 1), np.uint8)
+        values = np.full(count, (1 << (bits - 1)) - 1, np.uint8)  # stored less one
     elif name.endswith(".scale"):  # q is one of 2^bits numbers, all as likely
         values = np.full(count, _DEVIATION * 12**0.5 / (1 << bits), np.float16)
     elif name.startswith("ln_") and name.endswith(".weight"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..config import Config
 from ..errors import MossError
 
-FORMAT = 2
+FORMAT = 3
 METADATA = {"format": f"moss-jt {FORMAT}"}  # in the header of every file
 ALIGN = 4096  # bytes; where the data region of every file starts: a page, and a unit of O_DIRECT
 BITS = {"fp16": 16, "int8": 8, "int4": 4}  # of a weight, by the name of a checkpoint's dtype

@@ -130,7 +130,8 @@ def test_prefill(as_json, model):
 def test_prefill_starts_from_nothing(model):
     work = prefill.Prompts(Model(open_weights(model), 64), 30)
     swept = []
-    work.model._weights.rows = lambda ids, rows=work.model._weights.rows: swept.append(len(ids)) or rows(ids)
+    weights = work.model.device.weights
+    weights.rows = lambda ids, rows=weights.rows: swept.append(len(ids)) or rows(ids)
     work.evaluate()
     work.evaluate()
     assert swept == [30, 30]

@@ -150,7 +150,7 @@ def test_every_file_is_as_specified_byte_by_byte(tmp_path):
     assert length + 8 == 4096
     header = json.loads(data[8 : 8 + length])
     assert data[8 : 8 + length].rstrip(b" ").endswith(b"}")
-    assert header.pop("__metadata__") == {"format": "moss-jt 2"}
+    assert header.pop("__metadata__") == {"format": "moss-jt 3"}
     assert list(header) == order
     at = 0
     for name, x in expected_block(config, state, 1).items():
@@ -178,7 +178,7 @@ def test_config_and_small_files(tmp_path):
     (src / "generation_config.json").write_text('{"top_p": 0.8}')
     (src / "modeling_moss.py").write_text("raise SystemExit")
     dst = convert.weights(src, tmp_path / "dst")
-    assert json.loads((dst / "config.json").read_text()) == {**config, "moss_jt": {"format": 2, "dtype": "fp16"}}
+    assert json.loads((dst / "config.json").read_text()) == {**config, "moss_jt": {"format": 3, "dtype": "fp16"}}
     assert (dst / "generation_config.json").read_text() == '{"top_p": 0.8}'
     names = {p.name for p in dst.iterdir()}
     assert {"tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"} <= names

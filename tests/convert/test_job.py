@@ -261,6 +261,6 @@ def test_a_read_only_destination(src, small_disk, monkeypatch):
 def test_the_record_names_the_source(tmp_path, src):
     convert.weights(src, tmp_path / "dst")
     record = json.loads((tmp_path / "dst/convert.json").read_text())
-    assert record["format"] == 2 and record["dtype"] == "fp16"
+    assert record["format"] == 3 and record["dtype"] == "fp16"
     sizes = {f["name"]: f["bytes"] for f in record["source"]}
     assert sizes == {p.name: p.stat().st_size for p in src.iterdir() if not p.name.endswith("index.json")}

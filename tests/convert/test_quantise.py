@@ -66,7 +66,7 @@ def full_range(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 def dequantised(rows: Quantised, k: int) -> np.ndarray:
     """(N, k), float64."""
-    w = (rows.q.astype(np.float64) - rows.zero[..., None]) * rows.scale.astype(np.float64)[..., None]
+    w = (rows.q.astype(np.float64) - rows.zero[..., None] - 1) * rows.scale.astype(np.float64)[..., None]
     return w.reshape(len(w), -1)[:, :k]
 
 
@@ -79,10 +79,11 @@ def test_no_weight_is_off_by_more_than_half_a_scale(bits, kind, k):
     groups = -(-k // 128)
     assert (q.dtype, scale.dtype, zero.dtype) == (np.uint8, np.float16, np.uint8)
     assert (q.shape, scale.shape, zero.shape) == ((50, groups, 128), (50, groups), (50, groups))
-    assert np.isfinite(scale).all() and (scale > 0).all() and (zero <= TOP[bits]).all()
+    assert np.isfinite(scale).all() and (scale != 0).all() and (zero < TOP[bits]).all()
 
     found = dequantised(Quantised(q, scale, zero), k)
-    error, half = np.abs(grouped(found - w)), scale.astype(np.float64)[..., None] / 2 * (1 + 1e-4)
+    scale = np.abs(scale.astype(np.float64))
+    error, half = np.abs(grouped(found - w)), scale[..., None] / 2 * (1 + 1e-4)
     numbers = q.astype(int)
     cut = (numbers == 0) | (numbers == TOP[bits]) if bits == 4 else np.zeros(error.shape, bool)
     assert ((error <= half) | cut).all()
@@ -90,7 +91,7 @@ def test_no_weight_is_off_by_more_than_half_a_scale(bits, kind, k):
     assert (scale <= plain_scale).all() and ((error**2).sum(2) <= plain_error * (1 + 1e-4) + 1e-30).all()
     assert not found[w == 0].any()
     padding = numbers.reshape(50, -1)[:, k:]
-    assert (padding == zero[:, -1:]).all()
+    assert (padding == zero[:, -1:].astype(int) + 1).all()
 
 
 def test_cutting_the_largest_weights_pays_in_4_bits():
@@ -114,7 +115,15 @@ def test_weights_that_lie_on_a_grid_come_out_exactly(bits):
     numbers = np.arange(256) * 7 % 256 if bits == 8 else (np.arange(256) * 7 + np.arange(256) // 64 * 5) % 16
     numbers[[0, 1, 128, 129]] = [0, TOP[bits]] * 2  # the whole range in both groups
     q, scale, zero = quantise(((numbers - 3) * 0.5).astype(np.float32)[None], bits)
-    assert scale.tolist() == [[0.5, 0.5]] and zero.tolist() == [[3, 3]] and q.reshape(-1).tolist() == numbers.tolist()
+    assert scale.tolist() == [[0.5, 0.5]] and zero.tolist() == [[2, 2]] and q.reshape(-1).tolist() == numbers.tolist()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_group_whose_zero_is_0_keeps_every_weight(bits):
+    numbers = np.resize(np.arange(TOP[bits], -1, -1), 128)
+    q, scale, zero = quantise((numbers * 0.25).astype(np.float32)[None], bits)
+    assert scale.tolist() == [[-0.25]] and zero.tolist() == [[TOP[bits] - 1]]
+    assert dequantised(Quantised(q, scale, zero), 128).tolist() == [(numbers * 0.25).tolist()]
 
 
 # ---- panels -----------------------------------------------------------------------------------------------------------------
@@ -200,7 +209,7 @@ def test_every_file_is_as_specified_byte_by_byte(tmp_path, dtype, head_dtype):
     assert_files(dst, CONFIG, STATE, dtype, head_dtype)
     opened = open_weights(dst)
     assert opened.coding == Coding(dtype, head_dtype)
-    said = {"format": 2, "dtype": dtype, **({} if dtype == head_dtype else {"head_dtype": head_dtype})}
+    said = {"format": 3, "dtype": dtype, **({} if dtype == head_dtype else {"head_dtype": head_dtype})}
     assert json.loads((dst / "config.json").read_text()) == {**CONFIG, "moss_jt": said}
     record = json.loads((dst / "convert.json").read_text())
     assert {name: x for name, x in record.items() if name != "source"} == said

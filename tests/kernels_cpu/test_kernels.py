@@ -121,8 +121,8 @@ def random_weights(rng, bits, N, K, group=128, parts=()):
     q = rng.integers(0, 256, (panels, groups, chunks, 64), dtype=np.uint8)
     scale = np.zeros((panels, groups, 16))
     scale += rng.random(scale.shape) * np.resize(size, (panels, 1, 16)) / 2**bits
-    zero = rng.integers(0, 2**bits + (bits == 4), scale.shape, dtype=np.uint8)  # official int4 zeros go to 16
-    scale = scale.astype(np.float16)
+    zero = rng.integers(0, 2**bits, scale.shape, dtype=np.uint8)
+    scale = (scale * rng.choice([-1, 1], scale.shape)).astype(np.float16)
     exact = dequantise.dequantise(q, scale, zero, bits, N, K)
     orders = np.array([rng.permutation(K) for _ in parts], np.int32).reshape(len(parts), K)
     if parts:
@@ -184,27 +184,28 @@ def test_linear_out(kernels, rng, bits, T, N, K):
 
 
 @BITS
-@pytest.mark.parametrize("ones", [False, True])
+@pytest.mark.parametrize("largest", [None, (255, 0), (0, 255)])
 @pytest.mark.parametrize("T", [1, 9, 30])
-def test_inputs_of_very_different_size(kernels, rng, bits, T, ones):
-    """Outliers, as hidden states have them; zeros; subnormal numbers; all inputs at their largest, so that sums are, too."""
+def test_inputs_of_very_different_size(kernels, rng, bits, T, largest):
+    """Outliers, as hidden states have them; zeros; subnormal numbers; all inputs at their largest, so that sums are, too: in
+    int8 those of q - zero - 1 = 254 or -256."""
     N, K = 40, 384
     x = (rng.standard_normal((T, K)) * 10.0 ** rng.integers(-6, 3, (T, K))).astype(np.float32)
     x[:, 5], x[:, 128:256], x[T // 2] = 3000, 0, 1e-40
     weights, exact = random_weights(rng, bits, N, K)
-    if ones:
+    if largest:
         x = np.where(rng.random((T, 1)) < 0.5, 1, -1e4) * np.ones((T, K), np.float32)
         bits_, q, scale, zero, *rest = weights
         if bits == 16:
             q[:] = 65504
         else:
-            q[:], zero[:] = 255, 0
+            q[:], zero[:] = largest
         weights = (bits_, q, scale, zero, *rest)
         exact = q.astype(np.float64) if bits == 16 else dequantise.dequantise(q, scale, zero, bits, N, K)
     x, b, y = x.astype(np.float32), np.zeros(N, np.float32), poisoned(T, N)
     kernels.linear_head(x, *weights, b, y, T, N, K)
     exact, size = product(x, exact, b)
-    close(y, exact, exact if ones else size, 4 * tolerance(bits, T))  # numbers that are all alike are rounded alike
+    close(y, exact, exact if largest else size, 4 * tolerance(bits, T))  # numbers that are all alike are rounded alike
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 
 import moss_jt
 from moss_jt import MossError
-from moss_jt.model import Model
+from moss_jt.model import Model, Request
 from moss_jt.swap import Resident, Streamed, lender, reader
 from moss_jt.weights.layout import HEAD_FILE, block_file
 from tests.checkpoints import random_state, small_config, write_official
@@ -113,16 +113,14 @@ def test_each_streamed_part_is_read_once_a_sweep(weights, monkeypatch):
 
 
 def test_prompts_of_several_chunks_and_several_sequences(weights, expected, monkeypatch):
-    from moss_jt.cache import Cache
-
     monkeypatch.setattr("moss_jt.model.CHUNK", 8)
     model, resident = streaming(weights), Model(weights, CONTEXT)
     got = model.logits(IDS, CONTEXT)
     assert np.array_equal(got, resident.logits(IDS, CONTEXT))
     assert np.allclose(got, expected, atol=1e-2)
-    batches = [Cache(weights.config, CONTEXT, places=3).sequences for _ in range(2)]
+    batches = [m.cache(places=3).sequences for m in (model, resident)]
     for lengths in ([3, 11, 20], [5, 12, 30]):
-        requests = [[(s, IDS[n:][:m], 2) for s, n, m in zip(sequences, (0, 3, 0), lengths)] for sequences in batches]
+        requests = [[Request(s, IDS[n:][:m], 2) for s, n, m in zip(sequences, (0, 3, 0), lengths)] for sequences in batches]
         for ours, theirs in zip(model.evaluate(requests[0]), resident.evaluate(requests[1])):
             assert np.array_equal(ours, theirs)
 
@@ -147,7 +145,7 @@ class stopped_at:
     """Within this, using block i fails."""
 
     def __init__(self, model: Model, i: int):
-        self.lender, self.i = model._weights, i
+        self.lender, self.i = model.device.weights, i
 
     def __enter__(self):
         lend = type(self.lender).block
@@ -172,7 +170,7 @@ class stopped_at:
 
 def test_a_generator_of_the_head_that_is_left_open(weights, expected):
     model = streaming(weights, 0)
-    parts = model._weights.head()
+    parts = model.device.weights.head()
     next(parts)
     assert np.array_equal(model.logits(IDS, CONTEXT), expected)
     parts.close()
@@ -234,8 +232,8 @@ def test_closed_and_forgotten(weights):
     """That nothing is left is what the fixture checks for every test here."""
     model = streaming(weights)
     model.logits(IDS)
-    model._weights.close()
-    model._weights.close()
+    model.device.weights.close()
+    model.device.weights.close()
     with pytest.raises(RuntimeError, match="has ended"):
         model.logits(IDS[::-1])
     for _ in range(5):
@@ -244,7 +242,7 @@ def test_closed_and_forgotten(weights):
 
 SCRIPT = """
 import sys, time
-from moss_jt.model import Model
+from moss_jt.model import Model, Request
 from moss_jt.swap import reader
 from moss_jt.weights import open_weights
 from tests.swap.models import CONTEXT, plan

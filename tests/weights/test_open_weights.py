@@ -89,11 +89,11 @@ def test_an_official_one_says_how_to_convert_it(folder):
 @pytest.mark.parametrize(
     ("key", "says"),
     [
-        ({"format": 1, "dtype": "fp16"}, "format 1, this moss-jt reads 2"),
+        ({"format": 2, "dtype": "fp16"}, "format 2, this moss-jt reads 3"),
         ({"dtype": "fp16"}, "format None"),
-        ({"format": 2, "dtype": "int3"}, "dtype 'int3'"),
-        ({"format": 2, "dtype": "int4", "group_size": 100}, "group_size is 100"),
-        ({"format": 2, "dtype": "int4", "group_size": 256}, "group_size is 256"),
+        ({"format": 3, "dtype": "int3"}, "dtype 'int3'"),
+        ({"format": 3, "dtype": "int4", "group_size": 100}, "group_size is 100"),
+        ({"format": 3, "dtype": "int4", "group_size": 256}, "group_size is 256"),
         ("yes", "not converted yet"),
     ],
 )

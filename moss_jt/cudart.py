@@ -1,0 +1,142 @@
+"""Device memory, pinned memory, copies, streams and events: the few calls of the CUDA runtime that moving weights needs.
+
+They are calls into the very libcudart that Jittor's ops were linked with, so both see the same device, context and streams.
+(CuPy has the same calls, but a runtime of its own linked into it, and is larger than the rest of this program.)
+Jittor launches everything on the default stream, here ``None``. A Stream made here is not ordered with it except by events.
+Sizes are bytes. Every call raises MossError where the runtime answers with an error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from .errors import MossError
+
+_TO_DEVICE, _TO_HOST = 1, 2  # enum cudaMemcpyKind
+_MAPPED = 2  # cudaHostAllocMapped: kernels can read it, too
+_NON_BLOCKING, _NO_TIMING = 1, 2
+_OUT_OF_MEMORY = 2
+
+
+class OutOfDeviceMemory(MossError):
+    """The device has no room for what was asked; nothing was allocated."""
+
+
+class Memory:
+    """``nbytes`` on the device, at ``pointer``; freed when no longer used."""
+
+    def __init__(self, nbytes: int):
+        pointer = c_void_p()
+        _call("cudaMalloc", byref(pointer), c_size_t(max(1, nbytes)))
+        self.pointer, self.nbytes = pointer.value, nbytes
+        self.free = weakref.finalize(self, _quietly, "cudaFree", pointer)
+
+
+class Stream:
+    """A queue of copies and launches, carried out in order, beside what other streams do."""
+
+    def __init__(self):
+        handle = c_void_p()
+        _call("cudaStreamCreateWithFlags", byref(handle), c_uint(_NON_BLOCKING))
+        self.handle = handle
+        self._free = weakref.finalize(self, _quietly, "cudaStreamDestroy", handle)
+
+    def wait(self, event: Event) -> None:
+        """What is put into the stream from now on begins after the event."""
+        _call("cudaStreamWaitEvent", self.handle, event.handle, c_uint(0))
+
+    def synchronize(self) -> None:
+        _call("cudaStreamSynchronize", self.handle)
+
+
+class Event:
+    """A point in a stream, which other streams or the host can wait for."""
+
+    def __init__(self):
+        handle = c_void_p()
+        _call("cudaEventCreateWithFlags", byref(handle), c_uint(_NO_TIMING))
+        self.handle = handle
+        self._free = weakref.finalize(self, _quietly, "cudaEventDestroy", handle)
+
+    def record(self, stream: Stream | None = None) -> None:
+        """The event is where the stream, by default Jittor's, is now."""
+        _call("cudaEventRecord", self.handle, _handle(stream))
+
+    def wait_on_default(self) -> None:
+        """What Jittor launches from now on begins after the event."""
+        _call("cudaStreamWaitEvent", c_void_p(), self.handle, c_uint(0))
+
+    def synchronize(self) -> None:
+        _call("cudaEventSynchronize", self.handle)
+
+
+def pinned(nbytes: int) -> np.ndarray:
+    """Host memory that never leaves RAM, uint8 (nbytes,): copies from it run at the link's speed and beside everything else,
+    and kernels can read it at the same address."""
+    pointer = c_void_p()
+    _call("cudaHostAlloc", byref(pointer), c_size_t(max(1, nbytes)), c_uint(_MAPPED))
+    buffer = (ctypes.c_uint8 * nbytes).from_address(pointer.value)
+    weakref.finalize(buffer, _quietly, "cudaFreeHost", pointer)  # an array over it, or a view of one, keeps it
+    return np.frombuffer(buffer, np.uint8) if nbytes else np.empty(0, np.uint8)
+
+
+def to_device(pointer: int, source: np.ndarray, stream: Stream | None = None) -> None:
+    """Copy a contiguous array; returns at once where it is pinned, and then it must stay as it is until the stream is past."""
+    size = c_size_t(source.nbytes)
+    _call("cudaMemcpyAsync", c_void_p(pointer), c_void_p(source.ctypes.data), size, c_int(_TO_DEVICE), _handle(stream))
+
+
+def to_host(target: np.ndarray, pointer: int) -> None:
+    """Copy into a contiguous array, once all that Jittor launched before is over."""
+    _call("cudaMemcpy", c_void_p(target.ctypes.data), c_void_p(pointer), c_size_t(target.nbytes), c_int(_TO_HOST))
+
+
+def zero(memory: Memory) -> None:
+    _call("cudaMemset", c_void_p(memory.pointer), c_int(0), c_size_t(memory.nbytes))
+
+
+def memory_info() -> tuple[int, int]:
+    """(free, total) of the device, as the driver says: everyone's use counts."""
+    free, total = c_size_t(), c_size_t()
+    _call("cudaMemGetInfo", byref(free), byref(total))
+    return free.value, total.value
+
+
+def synchronize() -> None:
+    _call("cudaDeviceSynchronize")
+
+
+def _handle(stream: Stream | None) -> c_void_p:
+    return stream.handle if stream else c_void_p()
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The libcudart that this process has loaded already."""
+    maps = Path("/proc/self/maps").read_text()
+    for line in maps.splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if Path(path).name.startswith("libcudart.so"):
+            return ctypes.CDLL(path)
+    raise MossError("Jittor was not imported with CUDA in this process")
+
+
+def _call(name: str, *args) -> None:
+    lib = _library()
+    code = getattr(lib, name)(*args)
+    if code:
+        lib.cudaGetErrorString.restype = c_char_p
+        lib.cudaGetLastError()  # or the next launch reports it again
+        kind = OutOfDeviceMemory if code == _OUT_OF_MEMORY else MossError
+        raise kind(f"the CUDA runtime answers {lib.cudaGetErrorString(code).decode()} ({code}) to {name}")
+
+
+def _quietly(name: str, handle: c_void_p) -> None:
+    """For what is freed, perhaps at the process's end when the runtime is gone already."""
+    getattr(_library(), name)(handle)
