@@ -61,9 +61,10 @@ struct WeightsGrouped {
         return raw;
     }
 
-    // Starts copying 16-byte piece i of a step.
+    // Starts copying 16-byte piece i of a step; zeros where there is none.
     __device__ void copy(uint8_t* tile, int panel, int g, int j, int i) const {
-        if (j * CHUNKS + i / 4 < chunks()) cp_async16(tile + 16 * i, chunk(panel, g, j * CHUNKS) + 16 * i);
+        const bool any = j * CHUNKS + i / 4 < chunks();
+        cp_async16(tile + 16 * i, any ? chunk(panel, g, j * CHUNKS) + 16 * i : q, any ? 16 : 0);
     }
 
     __device__ Scales scales(int panel, int g, int lane) const {

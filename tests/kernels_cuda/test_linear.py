@@ -14,9 +14,9 @@ from ..emulation.build import KERNELS, build, inout, unwritten
 
 WRAPPERS = """
 #include "linear.cuh"
-int64_t workspace(int multiprocessors, int64_t T, int64_t split, int bits, int orders, int n, int k, int group) {
+int64_t workspace(int multiprocessors, int64_t T, int64_t N, int64_t K) {
     device().multiprocessors = multiprocessors;
-    return linear_workspace({bits, nullptr, nullptr, nullptr, nullptr, orders, n, k, group}, T, split);
+    return linear_workspace(T, N, K);
 }
 void linear_in(const float* x, const float* norm_weight, const float* norm_bias, int bits, const void* q, const half* scale,
                const uint8_t* zero, const int32_t* order, int orders, int n, int k, int group, const float* bias, half* qkv, half* both,
@@ -46,8 +46,13 @@ GROUPS = pytest.mark.parametrize("bits, group", [(16, 0), (8, 128), (4, 128), (8
 
 
 @pytest.fixture(scope="module", params=list(ARCHS))
-def kernels(request):
+def every(request):
     return build(WRAPPERS, ARCHS[request.param])
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return build(WRAPPERS)
 
 
 class Weights:
@@ -76,15 +81,17 @@ class Weights:
             cut = np.split(self.exact, np.cumsum(parts)[:-1])
             self.exact = np.concatenate([dequantise.in_order(w, order) for w, order in zip(cut, orders)])
 
-    def workspace(self, kernels, T, split, multiprocessors):
-        return unwritten(kernels.workspace(multiprocessors, T, split, self.arguments[0], *self.shape), np.uint8)
+    def workspace(self, kernels, T, multiprocessors):
+        """On a device of so many multiprocessors, which it becomes."""
+        return unwritten(kernels.workspace(multiprocessors, T, *self.shape[1:3]), np.uint8)
 
 
 def normed(rng, T, D):
-    """Random states, a norm's weight and bias, and the normed states in float64."""
+    """Random states, a norm's weight and bias, and the normed states as a product's inputs: rounded to halves."""
     x = (rng.standard_normal((T, D)) * 3 + 1).astype(np.float32)
     weight, bias = rng.standard_normal((2, D)).astype(np.float32)
-    return (x, weight, bias), reference.layer_norm(x.astype(np.float64), weight, bias, 1e-5)
+    h = reference.layer_norm(x.astype(np.float64), weight, bias, 1e-5)
+    return (x, weight, bias), h.astype(np.float16).astype(np.float64)
 
 
 def close(ours, x, w, added, tolerance, after=lambda y: y):
@@ -107,31 +114,31 @@ SHAPES = [
     (33, 150, 264, 1),
     (40, 20, 1304, 60),
     (70, 40, 136, 1),
-    (130, 140, 264, 2),
-    (200, 16, 520, 7),
+    (130, 140, 136, 2),
+    (200, 16, 264, 7),
 ]
 
 
 @GROUPS
 @pytest.mark.parametrize("T, V, D, multiprocessors", SHAPES)
-def test_head(kernels, rng, bits, group, T, V, D, multiprocessors):
+def test_head(every, rng, bits, group, T, V, D, multiprocessors):
     states, h = normed(rng, T, D)
     w, bias, y = Weights(rng, bits, group, V, D), rng.standard_normal(V).astype(np.float32), unwritten((T, V), np.float32)
-    kernels.head(*states, *w.arguments, bias, y, T, D, V, w.workspace(kernels, T, 0, multiprocessors))
-    close(y.array, h, w.exact, bias, 5e-4)
+    every.head(*states, *w.arguments, bias, y, T, D, V, w.workspace(every, T, multiprocessors))
+    close(y.array, h, w.exact, bias, 3e-4)  # where an input is near the middle of two halves, the kernel's may be the other one
 
 
 @GROUPS
 @pytest.mark.parametrize("orders", [0, 2])
-@pytest.mark.parametrize("T, D, I, multiprocessors", [(1, 16, 5, 1), (8, 64, 100, 2), (7, 1040, 40, 100), (40, 80, 37, 9), (130, 16, 60, 1)])
+@pytest.mark.parametrize("T, D, I, multiprocessors", [(1, 16, 5, 1), (8, 64, 100, 2), (40, 264, 37, 100), (65, 80, 60, 1)])
 def test_linear_in(kernels, rng, bits, group, orders, T, D, I, multiprocessors):
     states, h = normed(rng, T, D)
     w = Weights(rng, bits, group, 3 * D + I, D, (3 * D, I) if orders and bits < 16 else ())
     bias = rng.standard_normal(I).astype(np.float32)
     qkv, both = unwritten((T, 3 * D), np.float16), inout(np.full((T, D + I), 7, np.float16), np.arange(D + I) < np.full((T, 1), D))
-    kernels.linear_in(*states, *w.arguments, bias, qkv, both, T, D, I, w.workspace(kernels, T, 3 * D, multiprocessors))
-    close(qkv.array, h, w.exact[: 3 * D], 0, 1e-3)
-    close(both.array[:, D:], h, w.exact[3 * D :], bias, 1e-3, reference.gelu_new)
+    kernels.linear_in(*states, *w.arguments, bias, qkv, both, T, D, I, w.workspace(kernels, T, multiprocessors))
+    close(qkv.array, h, w.exact[: 3 * D], 0, 8e-4)
+    close(both.array[:, D:], h, w.exact[3 * D :], bias, 8e-4, reference.gelu_new)
     assert (both.array[:, :D] == 7).all()
 
 
@@ -142,7 +149,7 @@ def test_linear_out(kernels, rng, bits, group, orders, T, D, I, multiprocessors)
     both, x = rng.standard_normal((T, D + I)).astype(np.float16), rng.standard_normal((T, D)).astype(np.float32)
     w = Weights(rng, bits, group, D, D + I, (D,) if orders and bits < 16 else ())
     bias, y = rng.standard_normal(D).astype(np.float32), unwritten((T, D), np.float32)
-    workspace = w.workspace(kernels, T, 0, multiprocessors)
+    workspace = w.workspace(kernels, T, multiprocessors)
     kernels.linear_out(both, *w.arguments, bias, x, y, T, D, I, workspace)
     close(y.array, both.astype(np.float64), w.exact, bias + x.astype(np.float64), 1e-5)
     kernels.linear_out_in_place(both, *w.arguments, bias, state := inout(x.copy()), T, D, I, workspace)
