@@ -1,4 +1,4 @@
-"""Compiles kernels of kernels_cuda/ for the emulated device, and calls them with numpy arrays (docs/cuda.md).
+"""Compiles kernels of kernels_cuda/ for the emulated device, and calls them with numpy arrays (docs/cuda-kernels.md).
 
 A kernel's test has a file of wrappers, C functions that call its launchers::
 

@@ -10,8 +10,9 @@ from ..emulation.build import build, unwritten
 
 WRAPPERS = """
 #include "norm.cuh"
-void layer_norm(const float* x, const float* weight, const float* bias, float eps, half* y, int64_t T, int64_t D) {
-    launch_layer_norm(x, {weight, bias, eps}, y, T, D, 0);
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, const int32_t* order, int orders, half* y, int64_t T,
+                int64_t D, int64_t stride) {
+    launch_layer_norm(x, {weight, bias, eps}, order, orders, y, T, D, stride, 0);
 }
 """
 
@@ -21,11 +22,15 @@ def kernels():
     return build(WRAPPERS)
 
 
-@pytest.mark.parametrize("T, D", [(1, 8), (1, 6144), (5, 40), (7, 200), (3, 517), (2, 1)])
-def test_layer_norm(kernels, rng, T, D):
+@pytest.mark.parametrize("orders", [0, 1, 2])
+@pytest.mark.parametrize("T, D, stride", [(1, 8, 8), (1, 6144, 6144), (5, 40, 40), (7, 200, 208), (3, 517, 520), (2, 1, 8)])
+def test_layer_norm(kernels, rng, orders, T, D, stride):
     x = (rng.standard_normal((T, D)) * 3 + 100).astype(np.float32)  # a large mean: cancellation would show
     weight, bias = rng.standard_normal((2, D)).astype(np.float32)
-    y = unwritten((T, D), np.float16)
-    kernels.layer_norm(x, weight, bias, 1e-5, y, T, D)
+    order = np.array([rng.permutation(D) for _ in range(orders)], np.int32) if orders else None
+    y = unwritten((max(orders, 1), T, stride), np.float16)
+    kernels.layer_norm(x, weight, bias, 1e-5, order, orders, y, T, D, stride)
     exact = reference.layer_norm(x.astype(np.float64), weight, bias, 1e-5)
-    assert np.abs(y.array - exact).max() <= 6e-4 * np.abs(exact).max() + 1e-5  # a half's rounding is 4.9e-4 of it
+    exact = exact[None] if order is None else np.stack([exact[:, o] for o in order])
+    assert np.abs(y.array[:, :, :D] - exact).max() <= 6e-4 * np.abs(exact).max() + 1e-5  # a half's rounding is 4.9e-4 of it
+    assert (y.array[:, :, D:] == 0).all()
