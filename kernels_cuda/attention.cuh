@@ -69,8 +69,8 @@ void launch_few(const AttentionCall& c, const AttentionBatch& b) {
     else if (c.heads.S % 8 == 0) launch_few_for<Entry, 8, 0>(c, b);
     else launch_few_for<Entry, 1, 0>(c, b);
     if (b.runs > 1)
-        MOSS_LAUNCH(attention_join, dim3((unsigned)c.heads.H, b.count, b.n), FEW_THREADS, 0, c.stream, c.heads, b.parts, c.both, c.row,
-                    (const float*)c.partials);
+        MOSS_LAUNCH(attention_join, dim3((unsigned)c.heads.H, b.count, b.n), FEW_THREADS, MOST_RUNS * sizeof(float), c.stream, c.heads,
+                    b.parts, c.both, c.row, (const float*)c.partials);
 }
 
 template <class Entry, int S>
@@ -84,9 +84,9 @@ void launch_many(const AttentionCall& c, const AttentionBatch& b) {
     const int sides = MANY_THREADS / 32;
     MOSS_LAUNCH(append_many<Entry>, dim3(b.count, (unsigned)(2 * c.heads.H + sides - 1) / sides, b.n), MANY_THREADS, 0, c.stream,
                 c.qkv, c.angles, c.cache, c.heads, b.parts);
-    const bool tensor_cores = has_tensor_cores();
-    if (tensor_cores && c.heads.S == 256) launch_many_of<Entry, 256>(c, b);
-    else if (tensor_cores && c.heads.S == 64) launch_many_of<Entry, 64>(c, b);
+    const bool products = compiled_for(append_many<Entry>) >= 750;  // of matrices
+    if (products && c.heads.S == 256) launch_many_of<Entry, 256>(c, b);
+    else if (products && c.heads.S == 64) launch_many_of<Entry, 64>(c, b);
     else launch_few<Entry>(c, b);  // b.runs is 0: 8 tokens after 8
 }
 

@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(FEW_THREADS)
 
 // Grid (H, most tokens, parts): what the runs left, put together.
 __global__ void __launch_bounds__(FEW_THREADS) attention_join(Heads heads, Parts parts, half* both, int64_t row, const float* partials) {
-    __shared__ float weight[MOST_RUNS];
+    MOSS_DYNAMIC_SHARED(float, weight);  // MOST_RUNS
     const Part part = parts.part[blockIdx.z];
     const int q = blockIdx.y, head = blockIdx.x, S = (int)heads.S;
     if (q >= part.sequence.count || part.runs <= 1) return;

@@ -40,8 +40,7 @@ __device__ inline void widen8(const uint4& raw, float* to) {
     for (int i = 0; i < 4; i++) {
         half2 pair;
         memcpy(&pair, &words[i], 4);
-        const float2 f = __half22float2(pair);
-        to[2 * i] = f.x, to[2 * i + 1] = f.y;
+        to[2 * i] = __low2float(pair), to[2 * i + 1] = __high2float(pair);
     }
 }
 // q + 2^23 + 128 has q + 128 as its last bits; putting them there is one instruction where a conversion takes several cycles.
