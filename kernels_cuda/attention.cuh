@@ -79,12 +79,17 @@ void launch_many_of(const AttentionCall& c, const AttentionBatch& b) {
     MOSS_LAUNCH((attention_many<Entry, S>), grid, MANY_THREADS, many_shared(S), c.stream, c.qkv, c.angles, c.cache, c.heads, b.parts,
                 c.both, c.row);
 }
+template <class Entry, int E>
+void launch_append(const AttentionCall& c, const AttentionBatch& b) {
+    const int sides = MANY_THREADS / 32;
+    MOSS_LAUNCH((append_many<Entry, E>), dim3(b.count, (unsigned)(2 * c.heads.H + sides - 1) / sides, b.n), MANY_THREADS, 0, c.stream,
+                c.qkv, c.angles, c.cache, c.heads, b.parts);
+}
 template <class Entry>
 void launch_many(const AttentionCall& c, const AttentionBatch& b) {
-    const int sides = MANY_THREADS / 32;
-    MOSS_LAUNCH(append_many<Entry>, dim3(b.count, (unsigned)(2 * c.heads.H + sides - 1) / sides, b.n), MANY_THREADS, 0, c.stream,
-                c.qkv, c.angles, c.cache, c.heads, b.parts);
-    const bool products = compiled_for(append_many<Entry>) >= 750;  // of matrices
+    if (c.heads.S % 8 == 0) launch_append<Entry, 8>(c, b);
+    else launch_append<Entry, 1>(c, b);
+    const bool products = compiled_for(append_many<Entry, 8>) >= 750;  // of matrices
     if (products && c.heads.S == 256) launch_many_of<Entry, 256>(c, b);
     else if (products && c.heads.S == 64) launch_many_of<Entry, 64>(c, b);
     else launch_few<Entry>(c, b);  // b.runs is 0: 8 tokens after 8

@@ -217,15 +217,17 @@ __global__ void __launch_bounds__(FEW_THREADS)
         for (int i = threadIdx.x / 32; i < 2 * (end - fresh); i += FEW_WARPS) {
             const int at = fresh + i / 2;
             const half* token = from + (at - s.start) * 3 * D;
-            if (i % 2 == 0) append(token + D, angles, S, (int)heads.rotary, keys, at);
-            else append(token + 2 * D, angles, S, 0, values, at);
+            if (i % 2 == 0) append<E>(token + D, angles, S, (int)heads.rotary, keys, at);
+            else append<E>(token + 2 * D, angles, S, 0, values, at);
         }
     }
     const float scale = 1.4426950408889634f * rsqrtf((float)S);
-    for (int i = threadIdx.x; i < Q * S; i += FEW_THREADS) {
-        const int q = i / S, e = i % S;
-        const float x = q < s.count ? angles.turned(from + q * 3 * D, e, (int)heads.rotary, s.start + q) * scale : 0.f;
-        rows[q * S + spread<E>(e / E, e % E, S)] = x;
+    for (int i = threadIdx.x; i < Q * S / E; i += FEW_THREADS) {
+        const int q = i / (S / E), piece = i % (S / E);
+        float x[E] = {};
+        if (q < s.count) angles.turn<E>(from + q * 3 * D, piece * E, (int)heads.rotary, s.start + q, x);
+#pragma unroll
+        for (int e = 0; e < E; e++) rows[q * S + spread<E>(piece, e, S)] = x[e] * scale;
     }
     float *scores = rows + Q * S, *keep = scores + Q * RUN_KEYS, *bests = keep + Q, *totals = bests + Q;
     FewSoftmax<Q> softmax;

@@ -23,15 +23,17 @@ const int MANY_THREADS = 128, MANY_QUERIES = 64, MANY_KEYS = 32;
 inline int64_t many_shared(int64_t S) { return (MANY_QUERIES + 2 * MANY_KEYS) * S * sizeof(half); }
 
 // Grid (most tokens, H / 2, parts): a warp for keys or values of one head.
-template <class Entry>
+template <class Entry, int E>
 __global__ void __launch_bounds__(MANY_THREADS) append_many(const half* qkv, Angles angles, Cache cache, Heads heads, Parts parts) {
     const Sequence s = parts.part[blockIdx.z].sequence;
     const int side = blockIdx.y * (MANY_THREADS / 32) + threadIdx.x / 32, head = side / 2;
     if ((int)blockIdx.x >= s.count || head >= heads.H) return;
     const int at = s.start + blockIdx.x, S = (int)heads.S;
     const half* from = qkv + (s.first + blockIdx.x) * 3 * heads.D() + head * S;
-    if (side % 2 == 0) append(from + heads.D(), angles, S, (int)heads.rotary, Rows<Entry>(cache.keys, cache.key_scale, heads, s.place, head), at);
-    else append(from + 2 * heads.D(), angles, S, 0, Rows<Entry>(cache.values, cache.value_scale, heads, s.place, head), at);
+    const Rows<Entry> keys(cache.keys, cache.key_scale, heads, s.place, head);
+    const Rows<Entry> values(cache.values, cache.value_scale, heads, s.place, head);
+    if (side % 2 == 0) append<E>(from + heads.D(), angles, S, (int)heads.rotary, keys, at);
+    else append<E>(from + 2 * heads.D(), angles, S, 0, values, at);
 }
 
 template <int S>
@@ -58,10 +60,9 @@ __device__ inline void load_tile(const Rows<int8_t>& from, int k0, int end, half
         piece.load(from.entries + (int64_t)at * S + chunk * 8);
         piece.widen(x);
         const float scale = from.scale(at);
-        half2 pairs[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) pairs[j] = __floats2half2_rn(x[2 * j] * scale, x[2 * j + 1] * scale);
-        memcpy(chunk_of<S>(tile, row, chunk), pairs, 16);
+        for (int j = 0; j < 8; j++) x[j] *= scale;
+        Piece<half, 8>::store(x, 1, chunk_of<S>(tile, row, chunk));
     }
 }
 
@@ -169,9 +170,12 @@ struct ManyQueries {
 // Queries of the block's tokens, after rotary; rows beyond them are 0.
 template <int S>
 __device__ inline void load_queries(const half* from, const Angles& angles, int64_t D, int rotary, int at, int count, half* tile) {
-    for (int i = threadIdx.x; i < MANY_QUERIES * S; i += MANY_THREADS) {
-        const int q = i / S, e = i % S;
-        chunk_of<S>(tile, q, e / 8)[e % 8] = __float2half_rn(q < count ? angles.turned(from + q * 3 * D, e, rotary, at + q) : 0.f);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < MANY_QUERIES * S / 8; i += MANY_THREADS) {
+        const int q = i / (S / 8), chunk = i % (S / 8);
+        float x[8] = {};
+        if (q < count) angles.turn<8>(from + q * 3 * D, chunk * 8, rotary, at + q, x);
+        Piece<half, 8>::store(x, 1, chunk_of<S>(tile, q, chunk));
     }
 }
 

@@ -33,16 +33,6 @@ __device__ inline float Rows<half>::scale(int) const { return 1; }
 template <>
 __device__ inline float Rows<int8_t>::scale(int at) const { return scales[at]; }
 
-// Eight entries in one load, as floats. Plain loads, not through the read-only cache: the block itself may have written them.
-__device__ inline void widen8(const uint4& raw, float* to) {
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        half2 pair;
-        memcpy(&pair, &words[i], 4);
-        to[2 * i] = __low2float(pair), to[2 * i + 1] = __high2float(pair);
-    }
-}
 // q + 2^23 + 128 has q + 128 as its last bits; putting them there is one instruction where a conversion takes several cycles.
 __device__ inline void widen8(const uint2& raw, float* to) {
     const uint32_t words[2] = {raw.x ^ 0x80808080u, raw.y ^ 0x80808080u};
@@ -51,7 +41,7 @@ __device__ inline void widen8(const uint2& raw, float* to) {
         to[i] = __uint_as_float(0x4b000000u | (words[i / 4] >> (i % 4 * 8) & 0xff)) - 8388736.f;
 }
 
-// What is loaded at once: E entries.
+// E entries, loaded and stored at once. Loads do not go through the read-only cache: the block may have written the entries itself.
 template <class Entry, int E>
 struct Piece;
 template <>
@@ -59,41 +49,71 @@ struct Piece<half, 8> {
     uint4 raw;
     __device__ void load(const half* from) { raw = *(const uint4*)from; }
     __device__ void widen(float* to) const { widen8(raw, to); }
-};
-template <>
-struct Piece<int8_t, 8> {
-    uint2 raw;
-    __device__ void load(const int8_t* from) { raw = *(const uint2*)from; }
-    __device__ void widen(float* to) const { widen8(raw, to); }
+    __device__ static void store(const float* x, float, half* to) {
+        half2 pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) pairs[i] = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
+        uint4 raw;
+        memcpy(&raw, pairs, 16);
+        *(uint4*)to = raw;
+    }
 };
 template <>
 struct Piece<half, 1> {
     half raw;
     __device__ void load(const half* from) { raw = *from; }
     __device__ void widen(float* to) const { *to = __half2float(raw); }
+    __device__ static void store(const float* x, float, half* to) { *to = __float2half_rn(*x); }
+};
+
+// The division is an exact one, whatever the compiler's flags: the CPU's cache has the same entries.
+__device__ inline int quantised(float x, float scale) { return scale > 0 ? __float2int_rn(__fdiv_rn(x, scale)) : 0; }
+
+template <>
+struct Piece<int8_t, 8> {
+    uint2 raw;
+    __device__ void load(const int8_t* from) { raw = *(const uint2*)from; }
+    __device__ void widen(float* to) const { widen8(raw, to); }
+    __device__ static void store(const float* x, float scale, int8_t* to) {
+        uint32_t words[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < 8; i++) words[i / 4] |= (quantised(x[i], scale) & 0xffu) << (i % 4 * 8);
+        *(uint2*)to = make_uint2(words[0], words[1]);
+    }
 };
 template <>
 struct Piece<int8_t, 1> {
     int8_t raw;
     __device__ void load(const int8_t* from) { raw = *from; }
     __device__ void widen(float* to) const { *to = raw; }
+    __device__ static void store(const float* x, float scale, int8_t* to) { *to = (int8_t)quantised(*x, scale); }
 };
 
-// One warp writes row `at` from a head of a token, whose first `rotary` entries turn (none of a value's).
-__device__ inline void append(const half* from, const Angles& angles, int S, int rotary, const Rows<half>& to, int at) {
-    for (int e = threadIdx.x % 32; e < S; e += 32) to.entries[(int64_t)at * S + e] = __float2half_rn(angles.turned(from, e, rotary, at));
-}
-// The divisions are exact ones, whatever the compiler's flags: the CPU's cache has the same entries.
-__device__ inline void append(const half* from, const Angles& angles, int S, int rotary, const Rows<int8_t>& to, int at) {
-    const int lane = threadIdx.x % 32;
-    float most = 0;
-    for (int e = lane; e < S; e += 32) most = fmaxf(most, fabsf(angles.turned(from, e, rotary, at)));
-    const float scale = __fdiv_rn(warp_max(most), 127.f);
-    for (int e = lane; e < S; e += 32) {
-        const float x = angles.turned(from, e, rotary, at);
-        to.entries[(int64_t)at * S + e] = (int8_t)(scale > 0 ? __float2int_rn(__fdiv_rn(x, scale)) : 0);
+// A warp finds the scale of row `at`, for entries that `turn` gives, and writes it.
+template <int E>
+__device__ inline float new_scale(const half*, const Angles&, int, int, const Rows<half>&, int) { return 1; }
+template <int E>
+__device__ inline float new_scale(const half* from, const Angles& angles, int S, int rotary, const Rows<int8_t>& to, int at) {
+    float most = 0, x[E];
+    for (int e = threadIdx.x % 32 * E; e < S; e += 32 * E) {
+        angles.turn<E>(from, e, rotary, at, x);
+#pragma unroll
+        for (int i = 0; i < E; i++) most = fmaxf(most, fabsf(x[i]));
     }
-    if (lane == 0) to.scales[at] = scale;
+    const float scale = __fdiv_rn(warp_max(most), 127.f);
+    if (threadIdx.x % 32 == 0) to.scales[at] = scale;
+    return scale;
+}
+
+// A warp writes row `at` from a head of a token, whose first `rotary` entries turn (none of a value's).
+template <int E, class Entry>
+__device__ inline void append(const half* from, const Angles& angles, int S, int rotary, const Rows<Entry>& to, int at) {
+    const float scale = new_scale<E>(from, angles, S, rotary, to, at);
+    for (int e = threadIdx.x % 32 * E; e < S; e += 32 * E) {
+        float x[E];
+        angles.turn<E>(from, e, rotary, at, x);
+        Piece<Entry, E>::store(x, scale, to.entries + (int64_t)at * S + e);
+    }
 }
 
 }  // namespace moss_cuda
