@@ -62,7 +62,7 @@ __device__ inline void load_tile(const Rows<int8_t>& from, int k0, int end, half
         const float scale = from.scale(at);
 #pragma unroll
         for (int j = 0; j < 8; j++) x[j] *= scale;
-        Piece<half, 8>::store(x, 1, chunk_of<S>(tile, row, chunk));
+        Piece<half, 8>::store(x, chunk_of<S>(tile, row, chunk));
     }
 }
 
@@ -89,7 +89,7 @@ struct ManyQueries {
 #pragma unroll
             for (int i = 0; i < 4; i++) score[n][i] = 0;
 #ifdef MOSS_TENSOR_CORES
-#pragma unroll 4
+#pragma unroll 2
         for (int d = 0; d < S / 16; d++) {
             uint32_t a[4];
             ldmatrix_x4(a, chunk_of<S>(queries, query, 2 * d + lane / 16));
@@ -175,7 +175,7 @@ __device__ inline void load_queries(const half* from, const Angles& angles, int6
         const int q = i / (S / 8), chunk = i % (S / 8);
         float x[8] = {};
         if (q < count) angles.turn<8>(from + q * 3 * D, chunk * 8, rotary, at + q, x);
-        Piece<half, 8>::store(x, 1, chunk_of<S>(tile, q, chunk));
+        Piece<half, 8>::store(x, chunk_of<S>(tile, q, chunk));
     }
 }
 

@@ -49,7 +49,7 @@ struct Piece<half, 8> {
     uint4 raw;
     __device__ void load(const half* from) { raw = *(const uint4*)from; }
     __device__ void widen(float* to) const { widen8(raw, to); }
-    __device__ static void store(const float* x, float, half* to) {
+    __device__ static void store(const float* x, half* to, float = 1) {
         half2 pairs[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) pairs[i] = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
@@ -63,21 +63,26 @@ struct Piece<half, 1> {
     half raw;
     __device__ void load(const half* from) { raw = *from; }
     __device__ void widen(float* to) const { *to = __half2float(raw); }
-    __device__ static void store(const float* x, float, half* to) { *to = __float2half_rn(*x); }
+    __device__ static void store(const float* x, half* to, float = 1) { *to = __float2half_rn(*x); }
 };
 
-// The division is an exact one, whatever the compiler's flags: the CPU's cache has the same entries.
-__device__ inline int quantised(float x, float scale) { return scale > 0 ? __float2int_rn(__fdiv_rn(x, scale)) : 0; }
+// What a row is stored with. The divisions are exact ones, whatever the compiler's flags: the CPU's cache has the same entries.
+struct RowScale {
+    float scale, by;
+    __device__ explicit RowScale(float most) : scale(0), by(0) {
+        if (most >= 1e-35f) scale = __fdiv_rn(most, 127.f), by = __fdiv_rn(127.f, most);  // below, the inverse would be no float
+    }
+};
 
 template <>
 struct Piece<int8_t, 8> {
     uint2 raw;
     __device__ void load(const int8_t* from) { raw = *(const uint2*)from; }
     __device__ void widen(float* to) const { widen8(raw, to); }
-    __device__ static void store(const float* x, float scale, int8_t* to) {
+    __device__ static void store(const float* x, int8_t* to, float by) {
         uint32_t words[2] = {0, 0};
 #pragma unroll
-        for (int i = 0; i < 8; i++) words[i / 4] |= (quantised(x[i], scale) & 0xffu) << (i % 4 * 8);
+        for (int i = 0; i < 8; i++) words[i / 4] |= (__float2int_rn(x[i] * by) & 0xffu) << (i % 4 * 8);
         *(uint2*)to = make_uint2(words[0], words[1]);
     }
 };
@@ -86,10 +91,10 @@ struct Piece<int8_t, 1> {
     int8_t raw;
     __device__ void load(const int8_t* from) { raw = *from; }
     __device__ void widen(float* to) const { *to = raw; }
-    __device__ static void store(const float* x, float scale, int8_t* to) { *to = (int8_t)quantised(*x, scale); }
+    __device__ static void store(const float* x, int8_t* to, float by) { *to = (int8_t)__float2int_rn(*x * by); }
 };
 
-// A warp finds the scale of row `at`, for entries that `turn` gives, and writes it.
+// A warp finds what to multiply row `at` by, and writes its scale.
 template <int E>
 __device__ inline float new_scale(const half*, const Angles&, int, int, const Rows<half>&, int) { return 1; }
 template <int E>
@@ -100,19 +105,19 @@ __device__ inline float new_scale(const half* from, const Angles& angles, int S,
 #pragma unroll
         for (int i = 0; i < E; i++) most = fmaxf(most, fabsf(x[i]));
     }
-    const float scale = __fdiv_rn(warp_max(most), 127.f);
-    if (threadIdx.x % 32 == 0) to.scales[at] = scale;
-    return scale;
+    const RowScale row(warp_max(most));
+    if (threadIdx.x % 32 == 0) to.scales[at] = row.scale;
+    return row.by;
 }
 
 // A warp writes row `at` from a head of a token, whose first `rotary` entries turn (none of a value's).
 template <int E, class Entry>
 __device__ inline void append(const half* from, const Angles& angles, int S, int rotary, const Rows<Entry>& to, int at) {
-    const float scale = new_scale<E>(from, angles, S, rotary, to, at);
+    const float by = new_scale<E>(from, angles, S, rotary, to, at);
     for (int e = threadIdx.x % 32 * E; e < S; e += 32 * E) {
         float x[E];
         angles.turn<E>(from, e, rotary, at, x);
-        Piece<Entry, E>::store(x, scale, to.entries + (int64_t)at * S + e);
+        Piece<Entry, E>::store(x, to.entries + (int64_t)at * S + e, by);
     }
 }
 
