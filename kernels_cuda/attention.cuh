@@ -16,15 +16,11 @@ const int MOST_FEW = 8;  // new tokens of a sequence
 // Whether these kernels take heads of this size. Those of a multiple of 8 entries are read in pieces of 8.
 inline bool attention_takes(const Heads& heads) { return heads.S % 8 ? heads.S <= FEW_THREADS : heads.S <= 8 * FEW_THREADS; }
 
-// Bytes of workspace that launch_attention needs for n sequences.
-inline int64_t attention_workspace(const Heads& heads, const Sequence* sequences, int64_t n) {
-    int64_t partials = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const Sequence& s = sequences[i];
-        const int runs = runs_of(s.start + s.count);
-        if (s.count <= MOST_FEW && runs > 1) partials += (int64_t)s.count * runs;
-    }
-    return partials * heads.H * (heads.S + 2) * sizeof(float);
+// Bytes of workspace that launch_attention needs for up to T new tokens of up to n sequences.
+inline int64_t attention_workspace(const Heads& heads, int64_t T, int64_t n) {
+    const int64_t few = T < MOST_FEW * n ? T : MOST_FEW * n, tiles = (heads.C + RUN_KEYS - 1) / RUN_KEYS;
+    const int64_t runs = tiles < MOST_RUNS ? tiles : MOST_RUNS;  // of any number of tokens that the cache has room for
+    return few * runs * heads.H * (heads.S + 2) * sizeof(float);
 }
 
 // What all launches of one call have in common.

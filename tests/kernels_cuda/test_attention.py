@@ -10,7 +10,7 @@ import pytest
 from moss_jt.ops.rotary import rotary_angles
 
 from .. import reference
-from .build import build, inout, unwritten
+from ..emulation.build import build, inout, unwritten
 
 WRAPPERS = Path(__file__).with_name("attention.cu").read_text()
 
@@ -18,13 +18,6 @@ WRAPPERS = Path(__file__).with_name("attention.cu").read_text()
 @pytest.fixture(scope="module", params=[600, 750, 800])
 def kernels(request):
     return build(WRAPPERS, request.param)
-
-
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().entropy
-    print(f"np.random.default_rng({seed})")  # fresh every time; pytest shows it when the test fails
-    return np.random.default_rng(seed)
 
 
 def close(ours: np.ndarray, exact: np.ndarray, tolerance: float) -> None:
@@ -84,12 +77,11 @@ def evaluate(kernels, rng, bits, H, S, rotary, C, sequences, seed=None):
     table = np.array([(place, start, f, n) for place, f, (start, n) in zip(places, first, sequences)], np.int32)
     qkv = (rng.standard_normal((T, 3 * D)) * 2).astype(np.float16)
     caches = Caches(rng, bits, (B, H, C, S), table)
-    both, size = unwritten((T, D + I), np.float16), unwritten(1, np.int64)
+    both = unwritten((T, D + I), np.float16)
+    workspace = unwritten(kernels.workspace(H, S, C, T, len(table)), np.uint8)
     kernels.begin(len(table))
     for row in table.tolist():
         kernels.add(*row)
-    kernels.workspace(H, S, size)
-    workspace = unwritten(int(size.array[0]) // 4, np.float32)
     call = kernels.attention if bits == 16 else kernels.attention_int8
     angles = rotary_angles(C, rotary)
     call(qkv, angles, *caches.arrays(), H, S, rotary, C, both, I, workspace, seed=seed)
