@@ -190,7 +190,7 @@ __host__ __device__ inline int64_t few_shared(int64_t S, int Q) { return Q * (S 
 
 // Grid (most runs, H, parts); without runs (most groups of Q tokens, H, parts). SIZE: of a head, or 0 where only `heads` says it.
 template <class Entry, int E, int Q, int SIZE>
-__global__ void __launch_bounds__(FEW_THREADS, Q > 4 ? 3 : 4)
+__global__ void __launch_bounds__(FEW_THREADS, Q == 1 ? 6 : 3)
     attention_few(const half* qkv, Angles angles, Cache cache, Heads heads, Parts parts, half* both, int64_t row, float* partials) {
     MOSS_DYNAMIC_SHARED(float, rows);
     const Part part = parts.part[blockIdx.z];

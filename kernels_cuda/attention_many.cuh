@@ -44,7 +44,7 @@ __device__ inline half* chunk_of(half* tile, int row, int chunk) {
 // MANY_KEYS positions from k0 on. Those from `end` on repeat the last: masked, but never something that is no number.
 template <int S>
 __device__ inline void load_tile(const Rows<half>& from, int k0, int end, half* tile) {
-#pragma unroll
+#pragma unroll 4
     for (int i = threadIdx.x; i < MANY_KEYS * S / 8; i += MANY_THREADS) {
         const int row = i / (S / 8), chunk = i % (S / 8);
         cp_async16(chunk_of<S>(tile, row, chunk), from.entries + (int64_t)min(k0 + row, end - 1) * S + chunk * 8);
