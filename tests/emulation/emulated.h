@@ -45,6 +45,7 @@ inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1 / a; }
 inline float __frsqrt_rn(float a) { return 1 / sqrtf(a); }
 inline float rsqrtf(float a) { return 1 / sqrtf(a); }
@@ -222,6 +223,13 @@ void launch_kernel(const char* name, void (*kernel)(P...), dim3 grid, dim3 block
 }
 
 }  // namespace moss_emulation
+
+namespace moss_cuda {
+
+template <typename... P>
+int compiled_for(void (*)(P...)) { return __CUDA_ARCH__; }
+
+}  // namespace moss_cuda
 
 #define MOSS_DYNAMIC_SHARED(T, name) T* const name = (T*)::moss_emulation::dynamic_shared(alignof(T))
 #define MOSS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
