@@ -14,7 +14,7 @@ namespace moss_cuda {
 const int MOST_FEW = 8;  // new tokens of a sequence
 
 // Whether these kernels take heads of this size. Those of a multiple of 8 entries are read in pieces of 8.
-inline bool attention_takes(const Heads& heads) { return heads.S % 8 ? heads.S <= FEW_THREADS : heads.S <= 8 * FEW_THREADS; }
+inline bool attention_takes(const Heads& heads) { return heads.S % 8 ? heads.S <= ATTENTION_THREADS : heads.S <= 8 * ATTENTION_THREADS; }
 
 // Bytes of workspace that launch_attention needs for up to T new tokens of up to n sequences.
 inline int64_t attention_workspace(const Heads& heads, int64_t T, int64_t n) {
@@ -50,7 +50,7 @@ struct AttentionBatch {
 template <class Entry, int E, int Q, int SIZE>
 void launch_few_of(const AttentionCall& c, const AttentionBatch& b) {
     const dim3 grid(b.runs ? b.runs : (b.count + Q - 1) / Q, (unsigned)c.heads.H, b.n);
-    MOSS_LAUNCH((attention_few<Entry, E, Q, SIZE>), grid, FEW_THREADS, few_shared(c.heads.S, Q) * sizeof(float), c.stream, c.qkv,
+    MOSS_LAUNCH((attention_few<Entry, E, Q, SIZE>), grid, ATTENTION_THREADS, few_shared(c.heads.S, Q) * sizeof(float), c.stream, c.qkv,
                 c.angles, c.cache, c.heads, b.parts, c.both, c.row, c.partials);
 }
 template <class Entry, int E, int SIZE>
@@ -65,7 +65,7 @@ void launch_few(const AttentionCall& c, const AttentionBatch& b) {
     else if (c.heads.S % 8 == 0) launch_few_for<Entry, 8, 0>(c, b);
     else launch_few_for<Entry, 1, 0>(c, b);
     if (b.runs > 1)
-        MOSS_LAUNCH(attention_join, dim3((unsigned)c.heads.H, b.count, b.n), FEW_THREADS, MOST_RUNS * sizeof(float), c.stream, c.heads,
+        MOSS_LAUNCH(attention_join, dim3((unsigned)c.heads.H, b.count, b.n), ATTENTION_THREADS, MOST_RUNS * sizeof(float), c.stream, c.heads,
                     b.parts, c.both, c.row, (const float*)c.partials);
 }
 

@@ -16,10 +16,6 @@ namespace moss_cuda {
 
 const int MANY_THREADS = 128, MANY_QUERIES = 64, MANY_KEYS = 32;
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 750
-#define MOSS_TENSOR_CORES
-#endif
-
 inline int64_t many_shared(int64_t S) { return (MANY_QUERIES + 2 * MANY_KEYS) * S * sizeof(half); }
 
 // Grid (most tokens, H / 2, parts): a warp for keys or values of one head.
@@ -88,7 +84,7 @@ struct ManyQueries {
         for (int n = 0; n < MANY_KEYS / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) score[n][i] = 0;
-#ifdef MOSS_TENSOR_CORES
+#if MOSS_TENSOR_CORES
 #pragma unroll 2
         for (int d = 0; d < S / 16; d++) {
             uint32_t a[4];
@@ -132,7 +128,7 @@ struct ManyQueries {
         }
     }
     __device__ void add(const float weight[MANY_KEYS / 8][4], half* values) {
-#ifdef MOSS_TENSOR_CORES
+#if MOSS_TENSOR_CORES
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int n = 0; n < MANY_KEYS / 8; n += 2) {

@@ -1,6 +1,8 @@
 // A sweep: rows of the embedding through blocks that lie on the device, and from there to logits or the likeliest tokens.
 // Only issues copies and launches, three or four a block; nothing waits.
 #pragma once
+#include <algorithm>
+
 #include "attention.cuh"
 #include "embedding.cuh"
 #include "linear.cuh"
@@ -18,53 +20,45 @@ struct Matrix {
     const int32_t* order;
 };
 
-struct Block {
+struct BlockTensors {
     const float *norm_weight, *norm_bias, *in_bias, *out_bias;
     Matrix in, out;
     void *keys, *values;
     float *key_scales, *value_scales;
 };
 
-struct Head {
+struct HeadTensors {
     const float *norm_weight, *norm_bias, *bias;
     Matrix weight;
     int64_t rows;
 };
 
-struct Model {
+struct ModelSizes {
     int64_t D, I, V, heads, rotary, context;       // context: tokens that a cache has room for
     int64_t bits, group, ordered, head_bits, head_group, cache_bits;
     const float* angles;                           // (2, context, rotary / 2)
     double eps;
 
-    Heads of_heads() const { return {(int)heads, (int)(D / heads), (int)rotary, context}; }
+    Heads of_heads() const { return {heads, D / heads, rotary, context}; }
     Norm norm(const float* weight, const float* bias) const { return {weight, bias, (float)eps}; }
     Weights weights(const Matrix& w, int64_t N, int64_t K, int orders) const {
         return {(int)bits, w.q, w.scale, w.zero, w.order, ordered ? orders : 0, N, K, group};
     }
 };
 
-// The most that attention needs where so many tokens are of sequences that have few new ones, whatever caches they have.
-inline int64_t most_attention_workspace(const Heads& heads, int64_t few) {
-    return few * runs_of((int)heads.C) * heads.H * (heads.S + 2) * sizeof(float);
-}
-
-// Work space of sweeps of up to T tokens, `few` of them of sequences that have few new ones, and R rows of logits.
+// Work space of sweeps of up to T tokens, and of R rows of logits.
 struct Space {
-    float* x;      // (T, D): the state
-    half* qkv;     // (T, 3 D)
-    half* both;    // (T, D + I)
-    float* rows;   // (R, D): those whose logits are wanted
-    float* logits; // (R, V)
-    int32_t* ids;  // (R, context): those that are penalised
-    void* work;    // for whatever kernel runs
-    int64_t bytes;
+    float* x;       // (T, D): the state
+    half* qkv;      // (T, 3 D)
+    half* both;     // (T, D + I)
+    float* rows;    // (R, D): those whose logits are wanted
+    float* logits;  // (R, V)
+    void* work;     // for whatever kernel runs
 
-    Space(const Model& m, int64_t T, int64_t R, int64_t few, char* at) {
-        char* const start = at;
-        const auto take = [&at](int64_t count) {
+    Space(const ModelSizes& m, int64_t T, int64_t R, char* at) {
+        const auto take = [&at](int64_t bytes) {
             char* const here = at;
-            at += (count + 255) / 256 * 256;
+            at += (bytes + 255) / 256 * 256;
             return here;
         };
         x = (float*)take(4 * T * m.D);
@@ -72,24 +66,25 @@ struct Space {
         both = (half*)take(2 * T * (m.D + m.I));
         rows = (float*)take(4 * R * m.D);
         logits = (float*)take(4 * R * m.V);
-        ids = (int32_t*)take(4 * R * m.context);
-        const Weights in = m.weights({}, 3 * m.D + m.I, m.D, 2), out = m.weights({}, m.D, m.D + m.I, 1);
-        const Weights head = {(int)m.head_bits, nullptr, nullptr, nullptr, nullptr, 0, m.V, m.D, m.head_group};
-        int64_t most = std::max(top_k_workspace(R, m.V, TOP_MOST), most_attention_workspace(m.of_heads(), few));
-        for (int64_t t = 1; t <= T; t++)  // fewer tokens may be divided into more slices
-            most = std::max(most, std::max(linear_workspace(in, t, 3 * m.D), linear_workspace(out, t, m.D)));
-        for (int64_t r = 1; r <= R; r++) most = std::max(most, linear_workspace(head, r, m.V));
-        work = take(most);
-        bytes = at - start;
+        work = at;
     }
 };
 
+// Bytes of it, from a multiple of 256 on, where the tokens are of up to `places` sequences.
+inline int64_t space_bytes(const ModelSizes& m, int64_t T, int64_t R, int64_t places) {
+    int64_t most = std::max(top_k_workspace(R, m.V, TOP_MOST), attention_workspace(m.of_heads(), T, places));
+    for (int64_t t = 1; t <= T; t++)  // fewer tokens may be divided into more slices
+        most = std::max(most, std::max(linear_workspace(t, 3 * m.D + m.I, m.D), linear_workspace(t, m.D, m.D + m.I)));
+    for (int64_t r = 1; r <= R; r++) most = std::max(most, linear_workspace(r, m.V, m.D));
+    return (char*)Space(m, T, R, nullptr).work - (char*)nullptr + most;
+}
+
 // embedded: half (T, D) in pinned memory; where it is null, the state is what the blocks before left.
-inline void run_blocks(const Model& m, const Block* blocks, int64_t n, const half* embedded, const Sequence* sequences, int64_t n_sequences,
+inline void run_blocks(const ModelSizes& m, const BlockTensors* blocks, int64_t n, const half* embedded, const Sequence* sequences, int64_t n_sequences,
                        int64_t T, const Space& s, cudaStream_t stream) {
     const int64_t D = m.D, I = m.I;
     if (embedded) launch_embedding(nullptr, embedded, s.x, T, D, stream);
-    for (const Block* b = blocks; b < blocks + n; b++) {
+    for (const BlockTensors* b = blocks; b < blocks + n; b++) {
         launch_linear_in(s.x, m.norm(b->norm_weight, b->norm_bias), m.weights(b->in, 3 * D + I, D, 2), b->in_bias, s.qkv, s.both, T, D, I,
                          s.work, stream);
         const Cache cache{(int)m.cache_bits, b->keys, b->values, b->key_scales, b->value_scales};
@@ -99,18 +94,17 @@ inline void run_blocks(const Model& m, const Block* blocks, int64_t n, const hal
 }
 
 // Logits (R, h.rows) of rows of the state.
-inline void run_head(const Model& m, const Head& h, const int32_t* rows, int64_t R, float* logits, const Space& s, cudaStream_t stream) {
+inline void run_head(const ModelSizes& m, const HeadTensors& h, const int32_t* rows, int64_t R, float* logits, const Space& s, cudaStream_t stream) {
     const Weights w{(int)m.head_bits, h.weight.q, h.weight.scale, h.weight.zero, nullptr, 0, h.rows, m.D, m.head_group};
     launch_rows(s.x, rows, s.rows, R, m.D, stream);
     launch_head(s.rows, m.norm(h.norm_weight, h.norm_bias), w, h.bias, logits, R, m.D, h.rows, s.work, stream);
 }
 
 // The k likeliest after each of R rows of s.logits: values (R, k), then ids (R, k). Of each row, the logits of the ids from start[r]
-// to start[r + 1], all different, are penalised before. ids: in the host's memory, needed no longer when this returns.
-inline void run_top(const Model& m, const Penalties& p, const int32_t* ids, int64_t R, int64_t k, float* out, const Space& s,
+// to start[r + 1], all different, are penalised before.
+inline void run_top(const ModelSizes& m, const Penalties& p, const int32_t* ids, int64_t R, int64_t k, float* out, const Space& s,
                     cudaStream_t stream) {
-    if (p.start[R]) send(s.ids, ids, 4 * p.start[R], stream);
-    launch_penalise(s.logits, p, s.ids, R, m.V, stream);
+    launch_penalise(s.logits, p, ids, R, m.V, stream);
     launch_top_k(s.logits, out, (int32_t*)(out + R * k), R, m.V, k, s.work, stream);
 }
 

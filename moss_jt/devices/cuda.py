@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import cudart, ops
 from ..cache import Cache, parts_of
-from ..ops.sweep import MOST_LIKELIEST, MOST_ROWS, Space, Sweeps
+from ..ops.sweep import MOST_LIKELIEST, MOST_ROWS, Space, Sweeps, penalties
 from ..runtime import jittor
 from ..sampling import Likeliest
 from ..swap import CHUNK
@@ -42,41 +42,49 @@ class Cuda:
         *blocks, head = (addresses(weights.regions[n].tensors, m.pointer) for n, m in zip(files, self._memory))
         self._blocks = blocks
         self._head = self._sweeps.head(head, weights.config.vocab_size)
-        rows = 2 * weights.config.n_embd * CHUNK
-        self._embedded = [(cudart.pinned(rows).view(np.float16).reshape(CHUNK, -1), cudart.Event()) for _ in range(2)]
+        self._embedded = cudart.pinned(2 * weights.config.n_embd * CHUNK).view(np.float16).reshape(CHUNK, -1)
+        self._seen = cudart.Memory(4 * MOST_ROWS * context)
 
     def cache(self, places: int) -> DeviceCache:
         """Room on the device, and the work space for sweeps over it. Raises OutOfDeviceMemory."""
-        parts = [
-            (np.zeros(shape[2:], dtype).nbytes, cudart.Memory(math.prod(shape) * np.dtype(dtype).itemsize))
-            for shape, dtype in parts_of(self._config, self._context, places, self._kv_cache)
+        shapes = parts_of(self._config, self._context, places, self._kv_cache)
+        sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes]
+        memory = [cudart.Memory(size) for size in sizes]
+        n = len(self._blocks)  # then keys, or values, of a block are a 2n-th
+        layers = [
+            [m.pointer + (2 * i + half) * (size // (2 * n)) for m, size in zip(memory, sizes) for half in (0, 1)]
+            for i in range(n)
         ]
-        layers = [[m.pointer + (2 * i + half) * size for size, m in parts for half in (0, 1)] for i in range(len(self._blocks))]
-        memory = cudart.Memory(self._sweeps.space_bytes(CHUNK, places))
+        memory.append(cudart.Memory(self._space_bytes(places)))
         table = self._sweeps.table(self._blocks, layers)
-        return DeviceCache(self._context, places, table, [memory, *parts], Space.of(memory.pointer, CHUNK, places))
+        return DeviceCache(self._context, places, table, memory, Space(memory[-1].pointer, CHUNK))
+
+    def _space_bytes(self, places: int) -> int:
+        with jittor().flag_scope(use_cuda=1):
+            return self._sweeps.space_bytes(CHUNK, places)
 
     def sweep(self, cache: DeviceCache, sweep: Sweep) -> list[np.ndarray | Likeliest]:
         """For each of the rows, float32 (V,), or the likeliest where those are enough."""
-        with jittor().flag_scope(lazy_execution=0, no_grad=1, use_cuda=1):
-            embedded, used = self._embedded[0]
-            self._embedded.reverse()
-            used.synchronize()
-            self._rows.read_into(embedded[: len(sweep.ids)], sweep.ids)
-            self._sweeps.blocks(cache.layers, sweep.table, len(sweep.ids), embedded, cache.space)
-            used.record()
+        tokens = len(sweep.ids)
+        self._rows.read_into(self._embedded[:tokens], sweep.ids)
+        # Lazily: all that is asked for is issued at once, and waited for once.
+        with jittor().flag_scope(lazy_execution=1, no_grad=1, use_cuda=1):
+            state = self._sweeps.blocks(cache.layers, sweep.table, tokens, self._embedded, cache.space)
             found = []
             for first in range(0, len(sweep.rows), MOST_ROWS):
-                found += self._logits(sweep.rows[first : first + MOST_ROWS], sweep.enough, cache.space)
-            return found
+                found += self._logits(sweep.rows[first : first + MOST_ROWS], sweep.enough, cache.space, state)
+            state.sync(True)
+        return found
 
-    def _logits(self, rows: list[Row], enough: int, space: Space) -> list[np.ndarray | Likeliest]:
-        numbers = [row.row for row in rows]
+    def _logits(self, rows: list[Row], enough: int, space: Space, state) -> list[np.ndarray | Likeliest]:
+        which = np.array([row.row for row in rows], np.int32)
         if not 0 < enough <= min(MOST_LIKELIEST, self._config.vocab_size):
-            return list(self._sweeps.logits(self._head, numbers, space).numpy())
-        penalties = [row.sampling.penalty for row in rows]
-        seen = [np.unique(row.seen) if p != 1 else row.seen[:0] for row, p in zip(rows, penalties)]
-        logits, ids = self._sweeps.likeliest(self._head, numbers, enough, seen, penalties, space).numpy()
+            return list(self._sweeps.logits(self._head, which, space, state).numpy())
+        by = [row.sampling.penalty for row in rows]
+        seen = [np.unique(row.seen) if p != 1 else row.seen[:0] for row, p in zip(rows, by)]
+        cudart.to_device(self._seen.pointer, np.concatenate(seen).astype(np.int32))
+        table = penalties([len(ids) for ids in seen], by)
+        logits, ids = self._sweeps.likeliest(self._head, which, enough, table, self._seen.pointer, space, state).numpy()
         return [Likeliest(i, x) for i, x in zip(ids.view(np.int32), logits)]
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
-
 import numpy as np
 import pytest
 
 from .. import dequantise, reference
-from ..emulation.build import KERNELS, build, inout, unwritten
+from ..emulation.build import build, inout, unwritten
 
 WRAPPERS = """
 #include "linear.cuh"
@@ -135,7 +131,10 @@ def test_linear_in(kernels, rng, bits, group, orders, T, D, I, multiprocessors):
     states, h = normed(rng, T, D)
     w = Weights(rng, bits, group, 3 * D + I, D, (3 * D, I) if orders and bits < 16 else ())
     bias = rng.standard_normal(I).astype(np.float32)
-    qkv, both = unwritten((T, 3 * D), np.float16), inout(np.full((T, D + I), 7, np.float16), np.arange(D + I) < np.full((T, 1), D))
+    qkv, both = (
+        unwritten((T, 3 * D), np.float16),
+        inout(np.full((T, D + I), 7, np.float16), np.arange(D + I) < np.full((T, 1), D)),
+    )
     kernels.linear_in(*states, *w.arguments, bias, qkv, both, T, D, I, w.workspace(kernels, T, multiprocessors))
     close(qkv.array, h, w.exact[: 3 * D], 0, 8e-4)
     close(both.array[:, D:], h, w.exact[3 * D :], bias, 8e-4, reference.gelu_new)
@@ -144,7 +143,10 @@ def test_linear_in(kernels, rng, bits, group, orders, T, D, I, multiprocessors):
 
 @GROUPS
 @pytest.mark.parametrize("orders", [0, 1])
-@pytest.mark.parametrize("T, D, I, multiprocessors", [(1, 16, 48, 1), (2, 40, 1500, 50), (8, 72, 285, 2), (30, 24, 2201, 80), (40, 8, 1300, 9), (100, 136, 99, 1)])
+@pytest.mark.parametrize(
+    "T, D, I, multiprocessors",
+    [(1, 16, 48, 1), (2, 40, 1500, 50), (8, 72, 285, 2), (30, 24, 2201, 80), (40, 8, 1300, 9), (100, 136, 99, 1)],
+)
 def test_linear_out(kernels, rng, bits, group, orders, T, D, I, multiprocessors):
     both, x = rng.standard_normal((T, D + I)).astype(np.float16), rng.standard_normal((T, D)).astype(np.float32)
     w = Weights(rng, bits, group, D, D + I, (D,) if orders and bits < 16 else ())
