@@ -1,4 +1,4 @@
-// What fibers.cc and memory.cc know of each other.
+// What the emulation's files know of each other.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -46,19 +46,19 @@ struct Thread {
     bool value;                           // brought to the barrier
     uint32_t clock;                       // rises at whatever orders its accesses with those of others
     std::vector<Publication> met;         // at an atomic access, and not yet known, for want of a fence
-    std::vector<std::vector<Copy>> copies;  // by group, oldest first; the last one is not committed
+    std::vector<std::vector<Copy>> copies;// by group, oldest first; the last one is not committed
 };
 
 static constexpr unsigned ALL = ~0u;
 
 struct Block {
-    uint32_t serial = 0;                      // over all launches
+    uint32_t serial = 0;                  // over all launches
     uint3 index;
     unsigned threads = 0, at_barrier = 0, alive = 0;
     int brought = 0;                      // how many came to the last barrier with a value
     std::vector<uint32_t> seen;           // the clock of each thread at the last barrier
     std::vector<uint32_t> fenced;         // the clock of each thread up to which a fence has brought out its accesses
-    std::vector<std::pair<unsigned, Publication>> known;  // of other blocks, by which thread, or since a barrier by all: ALL
+    std::vector<std::pair<unsigned, Publication>> known;// of other blocks, by which thread, or since a barrier by all: ALL
     std::vector<Warp> warps;
 };
 
