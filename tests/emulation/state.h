@@ -46,7 +46,7 @@ struct Thread {
     bool value;                           // brought to the barrier
     uint32_t clock;                       // rises at whatever orders its accesses with those of others
     std::vector<Publication> met;         // at an atomic access, and not yet known, for want of a fence
-    std::vector<std::vector<Copy>> copies;// by group, oldest first; the last one is not committed
+    std::vector<std::vector<Copy>> copies;  // by group, oldest first; the last one is not committed
 };
 
 static constexpr unsigned ALL = ~0u;
@@ -58,7 +58,7 @@ struct Block {
     int brought = 0;                      // how many came to the last barrier with a value
     std::vector<uint32_t> seen;           // the clock of each thread at the last barrier
     std::vector<uint32_t> fenced;         // the clock of each thread up to which a fence has brought out its accesses
-    std::vector<std::pair<unsigned, Publication>> known;// of other blocks, by which thread, or since a barrier by all: ALL
+    std::vector<std::pair<unsigned, Publication>> known;  // of other blocks, by which thread, or since a barrier by all: ALL
     std::vector<Warp> warps;
 };
 
