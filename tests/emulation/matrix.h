@@ -53,7 +53,9 @@ void ldmatrix(uint32_t* r, const void* row) {
         if ((size_t)row % 16) fail("ldmatrix: a row starts at an address that is no multiple of 16");
         std::memcpy(rows.row, row, 16);
     }
-    collective(MATRICES == 4 ? TRANSPOSED ? "ldmatrix.x4.trans" : "ldmatrix.x4" : TRANSPOSED ? "ldmatrix.x2.trans" : "ldmatrix.x2", ~0u, &rows, complete_ldmatrix<MATRICES, TRANSPOSED>, "");
+    const char* four = TRANSPOSED ? "ldmatrix.x4.trans" : "ldmatrix.x4";
+    const char* two = TRANSPOSED ? "ldmatrix.x2.trans" : "ldmatrix.x2";
+    collective(MATRICES == 4 ? four : two, ~0u, &rows, complete_ldmatrix<MATRICES, TRANSPOSED>, "");
 }
 
 template <int K>

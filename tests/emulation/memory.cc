@@ -180,10 +180,9 @@ static bool over(Access a) {
 }
 
 [[noreturn]] static void race(const void* p, Kind kind, const char* verb, Access a, const void* pc) {
-    std::string who = "thread " + std::to_string(thread(a));
-    if (serial(a) != block.serial) who = "another block";
-    else if (thread(a) / 32 == current->number / 32) who = "thread " + std::to_string(thread(a)) + " of the same warp";
-    fail("race: %s %s%s, which %s %s%s without a barrier between", VERBS[kind], described(p).c_str(), code(pc).c_str(), who.c_str(),
+    std::string who = serial(a) != block.serial ? "another block" : "thread " + std::to_string(thread(a));
+    if (serial(a) == block.serial && thread(a) / 32 == current->number / 32) who += " of the same warp";
+    fail("race: %s %s%s, which %s %s%s, and nothing orders the two", VERBS[kind], described(p).c_str(), code(pc).c_str(), who.c_str(),
          verb, code(places[a & (MOST_PLACES - 1)]).c_str());
 }
 

@@ -1,4 +1,4 @@
-// What fibers.cc and memory.cc know of each other.
+// What the emulation's files know of each other.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -52,7 +52,7 @@ struct Thread {
 static constexpr unsigned ALL = ~0u;
 
 struct Block {
-    uint32_t serial = 0;                      // over all launches
+    uint32_t serial = 0;                  // over all launches
     uint3 index;
     unsigned threads = 0, at_barrier = 0, alive = 0;
     int brought = 0;                      // how many came to the last barrier with a value
