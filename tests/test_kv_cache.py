@@ -21,7 +21,6 @@ from .checkpoints import random_state, small_config, write_official
 from .fake_moss import FakeTokenizer
 from .test_generate import Bytes
 from .test_model import error
-
 from .tokenizer_folders import official_folder
 
 SIZES = {
