@@ -67,39 +67,41 @@ def test_logits_are_those_of_a_rounded_cache(random_model, exact):
     model, state, config = random_model
     ids = np.random.default_rng().integers(0, 120, CONTEXT)
     expected = exact(config, state, ids)
-    assert error(reference.logits(config, state, ids), expected) > 1.5e-3  # without rounding, it would show
+    assert error(reference.logits(config, state, ids), expected) > 8e-4  # without rounding, it would show
     model.sequence.truncate(0)
-    assert error(model.logits(ids, last=CONTEXT), expected) < 1e-3
+    # Products of many tokens round their inputs to 16 bits, so some numbers in the cache are another whole number.
+    assert error(model.logits(ids, last=CONTEXT), expected) < 5e-3
     steps = []
     model.sequence.truncate(0)
     for n in range(CONTEXT):
         steps.append(model.logits(ids[: n + 1])[0])
-    assert error(np.array(steps), expected) < 1e-3
+    assert error(np.array(steps), expected) < 5e-4
 
 
 def test_what_is_cached_is_used_again_and_what_is_not_is_replaced(random_model, exact, monkeypatch):
     model, state, config = random_model
     rng = np.random.default_rng()
+    monkeypatch.setattr("moss_jt.model.CHUNK", 8)  # see above
     a = rng.integers(0, 120, 50)
     b = np.concatenate([a[:20], rng.integers(0, 120, 25)])
     b[20] = (a[20] + 1) % 120
     model.sequence.truncate(0)
     model.logits(a)
     assert (model.sequence.reusable(a), model.sequence.reusable(b)) == (49, 20)
-    assert error(model.logits(b, last=5), exact(config, state, b)[-5:]) < 1e-3
+    assert error(model.logits(b, last=5), exact(config, state, b)[-5:]) < 5e-4
     model.sequence.truncate(7)
-    monkeypatch.setattr("moss_jt.model.CHUNK", 16)
-    assert error(model.logits(a, last=10), exact(config, state, a)[-10:]) < 1e-3
+    assert error(model.logits(a, last=10), exact(config, state, a)[-10:]) < 5e-4
 
 
-def test_several_sequences(random_model, exact):
+def test_several_sequences(random_model, exact, monkeypatch):
     model, state, config = random_model
+    monkeypatch.setattr("moss_jt.model.CHUNK", 8)  # see above
     sequences = model.cache(places=3).sequences
     ids = [np.random.default_rng().integers(0, 120, n) for n in (50, 7, 23)]
     for parts in ((5, 6, 1), (20, 7, 2), (50, 7, 23)):
         got = model.evaluate([Request(s, i[:n], 4) for s, i, n in zip(sequences, ids, parts)])
         for logits, i, n in zip(got, ids, parts):
-            assert error(np.stack(logits), exact(config, state, i[:n])[-4:]) < 1e-3
+            assert error(np.array(logits), exact(config, state, i[:n])[-4:]) < 5e-4
 
 
 @pytest.mark.parametrize(("kv_cache", "row"), [("fp16", 2 * 12), ("int8", 12 + 4)])
@@ -113,16 +115,17 @@ def test_an_op_refuses_a_cache_of_another_shape(random_model):
     model, _, config = random_model
     layer = model.cache().layers[0]
     rows = ops.sequences(np.array([[0, 0, 0, 1]], np.int32), 1, 1, CONTEXT)
-    jt = jittor()
-    x, angles = jt.zeros((1, config.n_embd)), jt.array(ops.rotary_angles(CONTEXT, config.rotary_dim))
-    short = jt.zeros((1, config.n_head, CONTEXT - 1))
+    x, angles, short = (
+        jittor().array(np.zeros(shape, np.float32))
+        for shape in ((1, config.n_embd), (2, CONTEXT, config.rotary_dim // 2), (1, config.n_head, CONTEXT - 1))
+    )
     with model.device.weights.block(0) as tensors:
         block = ops.Block(tensors, 16, 1e-5)
         for wrong, name in (([*layer[:3], short], "value_scales"), ([layer[0], short, *layer[2:]], "values")):
             with pytest.raises(ValueError, match=f"^block: {name} is float32 .* expected"):
                 block(x, angles, wrong, rows)
-        with pytest.raises(ValueError, match=r"^block: keys is float32"):
-            block(x, angles, [short.reshape(1, config.n_head, -1, 1)] * 2, rows)
+        with pytest.raises(ValueError, match=r"^block: keys is float32 .* expected float16"):
+            block(x, angles, [jittor().array(np.zeros((1, 4, CONTEXT, 4), np.float32))] * 2, rows)
 
 
 # ---- talking ----------------------------------------------------------------------------------------------------------------
