@@ -18,7 +18,7 @@ from ..config import Config, read_json
 from ..errors import MossError
 from ..weights.layout import PANEL, Coding
 from .copy import in_order
-from .mapping import official_shapes, our_sides, pieces
+from .mapping import Piece, official_shapes, our_sides, pieces
 from .panels import Quantised, unpacked, with_zeros
 from .regroup import Arrangement, arrange, choose
 from .view import View, cast, widened
@@ -55,8 +55,8 @@ class Said:
         found = {**found, **(inside if isinstance(inside, dict) else {})}
         where = folder / ("config.json" if inside or not path.exists() else SETTINGS)
         bits, group = found.get("bits", raw.get("wbits")), found.get("group_size", raw.get("groupsize"))
-        layout = found.get("checkpoint_format", found.get("format", "gptq"))
-        return cls(where, bits, group, found.get("quant_method", "gptq"), layout)
+        layout = found.get("checkpoint_format") or found.get("format") or "gptq"
+        return cls(where, bits, group, found.get("quant_method") or "gptq", layout)
 
     def refusal(self) -> str | None:
         if self.method != "gptq":
@@ -98,7 +98,7 @@ def _matrix(name: str, shape: tuple[int, int], tensors: dict[str, View], said: S
     for part, view in views.items():
         if view.dtype not in _DTYPES[part]:
             raise MossError(f"{view.path}: tensor {view.name} is {view.dtype}, expected {' or '.join(_DTYPES[part])}")
-    bits, count = _bits(views["qweight"], n, k), max(1, *views["scales"].shape[:1])
+    bits, count = _bits(views["qweight"], n, k), max((1, *views["scales"].shape[:1]))
     for part, expected in {"scales": (count, n), "qzeros": (count, n * bits // 32), "g_idx": (k,)}.items():
         if part in views and views[part].shape != expected:
             view = views[part]
@@ -111,7 +111,7 @@ def _matrix(name: str, shape: tuple[int, int], tensors: dict[str, View], said: S
 
 def _bits(view: View, n: int, k: int) -> int:
     for bits in (4, 8):
-        if view.shape == (k * bits // 32, n) and k * bits % 32 == n * bits % 32 == 0:
+        if view.shape == (k * bits // 32, n) and k * bits % 32 == 0:
             return bits
     asked = f"config.json asks for {n} outputs of {k} inputs: [{k // 8}, {n}] in 4 bits, [{k // 4}, {n}] in 8"
     raise MossError(f"{view.path}: tensor {view.name} has shape {list(view.shape)}, {asked}")
@@ -166,8 +166,7 @@ def tensor_names(config: Config) -> set[str]:
 
 def _coding(folder: Path, config: Config, matrices: dict[str, Matrix]) -> Coding:
     """How they can be stored. Raises MossError where they cannot be, exactly."""
-    products = (_product(matrices, names)[0] for names in _products(config))
-    found = choose(products)
+    found = choose(_product(matrices, names)[0] for names in _products(config))
     if found is None:
         raise MossError(f"{folder}: groups of inputs cannot be cut into pieces of one size, a multiple of 8 up to 128")
     size, ordered = found
@@ -226,9 +225,9 @@ class Gptq:
         """What the configs say and the tensors do not bear out."""
         wrong = []
         if self.said.bits not in (None, self.bits):
-            wrong.append(f"{self.said.bits} bits, but the tensors are in {self.bits}")
+            wrong.append(f"{self.said.bits!r} bits, but the tensors are in {self.bits}")
         if self.said.group is not None and not all(map(self._has_groups_as_said, self._matrices.values())):
-            wrong.append(f"groups of {self.said.group}, but the tensors have groups of {self.group}")
+            wrong.append(f"groups of {self.said.group!r}, but the tensors have groups of {self.group}")
         return [f"{self.said.where}: says {' and '.join(wrong)}; the tensors are right"] if wrong else []
 
     def _has_groups_as_said(self, m: Matrix) -> bool:
@@ -241,8 +240,7 @@ class Gptq:
         return in_order(lambda part: part(), self._parts(file, tensor))
 
     def _parts(self, file: str, tensor: str) -> Iterator:
-        by_names = groupby(our_sides(self._pieces[file], tensor), key=lambda side: _names(side))
-        for names, sides in by_names:
+        for names, sides in groupby(our_sides(self._pieces[file], tensor), key=_names):
             groups, matrices = _product(self._matrices, names)
             arrangement = self._arrange(groups)
             loaded = [_Loaded(m, self.said.layout == "gptq_v2") for m in matrices]
@@ -261,7 +259,7 @@ class Gptq:
         return arrange(groups, self.coding.group, self.coding.ordered)
 
 
-def _names(side: list) -> tuple[str, ...]:
+def _names(side: list[Piece]) -> tuple[str, ...]:
     return tuple(piece.official.removesuffix(".weight") for piece in side)
 
 

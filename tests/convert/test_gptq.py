@@ -215,6 +215,7 @@ WRONG = {
     ),
     "two bits": (lambda m: _cut(m, f"{QKV}.qweight", slice(4)), r"has shape \[4, 192\], config\.json asks for"),
     "scales are short": (lambda m: _cut(m, f"{OUT}.scales", slice(None), slice(63)), r"out_proj\.scales has shape \[2, 63\]"),
+    "scales are one number": (lambda m: m.set(f"{OUT}.scales", np.array(1, np.float16)), r"out_proj\.scales has shape \[\]"),
     "zeros are short": (
         lambda m: _cut(m, f"{OUT}.qzeros", slice(1)),
         r"out_proj\.qzeros has shape \[1, 8\], but \[2, 8\] belongs",
