@@ -32,6 +32,7 @@ _JOB_MEMORY = 768 * MIB  # the largest compiler process took 450 MB
 # prctl(PR_SET_PDEATHSIG, SIGKILL): never outlives moss-jt. Jittor starts one compiler for each 3 GiB of the machine's
 # memory, whatever its cores and limits are, so it is told the memory that gives the right number. It leaves with 0, and
 # nothing imported, after its first step in some cases, asking to be run again; so what went well gets a code of its own.
+# A toolkit that it once downloaded (jtcuda) would have it start the process anew.
 _IMPORTED = 42
 _CHILD = f"""
 import ctypes, json, sys
