@@ -18,6 +18,7 @@ from typing import BinaryIO, Callable
 import numpy as np
 
 from ..config import Config
+from ..errors import MossError
 from ..weights.header import header_bytes
 from ..weights.layout import BITS, METADATA, WTE_FILE, Coding, block_file, block_tensors
 from . import spill
@@ -53,11 +54,14 @@ class Blocks:
     def write(self, file: BinaryIO, i: int, advance: Advance) -> None:
         """Write block i, and beside it the next one's inputs and a report. Blocks are to be written in their order."""
         started = time.monotonic()
-        self.clear(but=self._inputs(i))
-        if i == 0 and not self._inputs(0).exists():
+        inputs = self._inputs(i)
+        self.clear(but=inputs)
+        if not inputs.exists():
+            if i > 0:
+                raise MossError(f"{inputs}: missing; delete {self.folder} and start anew")
             self._embed()
         outputs = self._inputs(i + 1) if i + 1 < self.source.config.n_layer else None
-        errors = _Block(self, file, i, advance).write(self._inputs(i), outputs)
+        errors = _Block(self, file, i, advance).write(inputs, outputs)
         self._report(i, time.monotonic() - started, errors)
 
     def clear(self, but: Path | None = None) -> None:
@@ -104,15 +108,16 @@ class _Block:
     def __init__(self, blocks: Blocks, file: BinaryIO, i: int, advance: Advance):
         self._source, self._coding, self._chunks = blocks.source, blocks.coding, blocks.calibration.chunks
         self._file, self._name = file, block_file(i)
-        self._tensors = block_tensors(self._source.config, self._coding)
-        nbytes = sum(t.nbytes for t in self._tensors)
+        tensors = block_tensors(self._source.config, self._coding)
+        self._header = header_bytes(tensors, METADATA)
+        nbytes = len(self._header) + sum(t.nbytes for t in tensors)
         self._work = Work(matrices(self._source.config), len(blocks.calibration.ids), nbytes, advance)
 
     def write(self, inputs: Path, outputs: Path | None) -> dict:
         """``inputs`` and ``outputs``: the activations before and after the block. Returns the errors of its matrices."""
         config, first, second = self._source.config, *matrices(self._source.config)
         products = inputs.with_name(f"products{spill.SUFFIX}")
-        self._file.write(header_bytes(self._tensors, METADATA))
+        self._file.write(self._header)
         norm = self._vector("ln_1.weight"), self._vector("ln_1.bias")
 
         def normed(chunk: Chunk) -> np.ndarray:

@@ -1,5 +1,5 @@
-"""The Hessian of a product's squared error, and its Cholesky factor: in place and tile by tile, because for the 24,576 inputs of
-the 16 B model's fc_out each takes 2.4 GB.
+"""The Hessian of a product's squared error, and its Cholesky factor: in place and tile by tile, because each takes 2.4 GB for
+the 24,576 inputs of the 16 B model's fc_out.
 
 With inputs X (T, K), and ``d`` taken from a row of weights, outputs are off by ``d Xᵀ``; the sum of the squares of these is
 ``d H dᵀ`` with H = XᵀX.

@@ -6,7 +6,13 @@ import json
 import re
 from pathlib import Path
 
-PARTS = {"Human": "<|Human|>", "Inner Thoughts": "<|Inner Thoughts|>", "Commands": "<|Commands|>", "Tool Responses": "<|Results|>", "MOSS": "<|MOSS|>"}
+PARTS = {
+    "Human": "<|Human|>",
+    "Inner Thoughts": "<|Inner Thoughts|>",
+    "Commands": "<|Commands|>",
+    "Tool Responses": "<|Results|>",
+    "MOSS": "<|MOSS|>",
+}
 
 
 def dialogues(golden: Path, tokenizer) -> list[dict]:
