@@ -240,9 +240,9 @@ def test_refused(tmp_path, src, talk, options, says):
 
 
 def test_tokens_beyond_the_vocabulary(tmp_path, talk):
-    config = small_config(vocab_size=7)
+    config = small_config(vocab_size=6)
     src = write_official(tmp_path / "src", config, random_state(config))
-    with pytest.raises(MossError, match=r"talk\.jsonl: has the token 7, but the model's vocabulary ends at 7"):
+    with pytest.raises(MossError, match=r"talk\.jsonl: has the token 6, but the model's vocabulary ends at 6"):
         convert.plan_weights(src, tmp_path / "dst", "int4", method="gptq", calibration=talk)
 
 
@@ -257,7 +257,7 @@ def test_other_dialogues_or_another_method_do_not_go_on(tmp_path, src, talk):
 
 
 def test_activations_that_were_removed(tmp_path, src, talk):
-    progress = stopped_at(tmp_path / "dst.partial", "inputs-02.spill")
+    progress = stopped_at(tmp_path / "dst.partial", "block-01.safetensors")
     with pytest.raises(Stopped):
         convert.weights(src, tmp_path / "dst", "int4", progress=progress, method="gptq", calibration=talk)
     for path in (tmp_path / "dst.partial").glob("*.spill"):
