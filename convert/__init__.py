@@ -32,8 +32,8 @@ def weights(
     ``dtype``: what the blocks' matrices are stored as: fp16, int8 or int4; by default fp16. ``head_dtype``: the same for
     lm_head; by default int8, or fp16 where the blocks are. For int8 and int4 ``src`` may also be one of ours in fp16. One
     that is quantised with GPTQ keeps its numbers, and lm_head in fp16 unless ``head_dtype`` says otherwise.
-    ``method``: how the blocks' matrices become int8 or int4: rtn (round to nearest) or gptq, which needs ``calibration``, a file
-    of dialogues in the official format for fine-tuning. ``group_size``: inputs that share a scale in the blocks.
+    ``method``: how the blocks' matrices become int8 or int4: rtn (round to nearest) or gptq, which needs ``calibration``, a
+    file of dialogues in the official format for fine-tuning. ``group_size``: inputs that share a scale in the blocks.
     ``act_order``: gptq takes the most active inputs first.
     ``progress(done, total)`` is called with bytes now and then. ``dst`` appears when it is complete; stopped before that, the
     same call goes on where it was. Does nothing if ``dst`` is already what this source gives. Returns ``dst``. Raises

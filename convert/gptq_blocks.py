@@ -27,13 +27,11 @@ from .copy import Advance, write_panels
 from .forward import attention, gelu, layer_norm
 from .gptq_matrix import DAMPING, Inputs, Matrix, matrices, quantise_matrix
 from .gptq_solver import by_rows, weights_of
-from .job import whole_file
+from .job import REPORT, whole_file
 from .panels import in_panels
 from .source import Source
 from .view import cast
 from .work import Work
-
-REPORT = "quantisation.json"
 
 
 @dataclass(frozen=True)

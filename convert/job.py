@@ -18,6 +18,7 @@ from .copy import Advance
 from .spill import SUFFIX
 
 RECORD = "convert.json"
+REPORT = "quantisation.json"  # only where something was calibrated
 _SMALL_FILES = 32 << 20  # bytes of disk set aside for what is written besides the weights: mostly the tokenizer's files
 
 # What file systems without locks answer, for example many clusters' Lustre: there it is up to the user not to run two at once.

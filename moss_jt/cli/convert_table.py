@@ -11,10 +11,10 @@ def draw_errors(folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..convert.gptq_blocks import REPORT
+    from ..convert.job import REPORT
 
     found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    title = f"Errors of outputs in %, by round to nearest and by GPTQ; {found['tokens']:,} tokens of calibration"
+    title = f"Errors of outputs in %: round to nearest, GPTQ ({found['tokens']:,} tokens)"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="", pad_edge=False)
     names = (name.rpartition(".")[2] for name in found["blocks"][0]["errors"])
     for name in ("block", *names, "seconds"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from moss_jt.convert import calibrate, hessian
-from moss_jt.convert.gptq_blocks import REPORT
+from moss_jt.convert.job import REPORT
 from moss_jt.convert.official import open_official
 from moss_jt.convert.view import cast
 
@@ -24,11 +24,10 @@ from moss_jt.weights.layout import Coding
 from tests import reference
 from tests.checkpoints import random_state, small_config, write_official
 from tests.dequantise import official_state
-from tests.golden_dialogues import dialogues, write
+from tests.dialogue_files import golden_dialogues, small_talk, write
 
 CONFIG = small_config(n_layer=3)
 STATE = random_state(CONFIG)
-TALK = ["hi!", "hi hi", "h i h i", "i!", "h!h!", "hi hihi ih", "!!!", "i hi h"]
 
 
 @pytest.fixture
@@ -38,12 +37,7 @@ def src(tmp_path) -> Path:
 
 @pytest.fixture
 def talk(tmp_path) -> Path:
-    """Eight dialogues of up to 32 tokens, as many as the small model has positions for."""
-    found = []
-    for i, human in enumerate(TALK):
-        turn = {"Human": human + "<eoh>", "MOSS": TALK[-i] + "  <eom>"}
-        found.append({"meta_instruction": "hi! " * i + "h", "num_turns": 1, "chat": {"turn_1": turn}})
-    return write(tmp_path / "talk.jsonl", found)
+    return write(tmp_path / "talk.jsonl", small_talk())
 
 
 @pytest.fixture(autouse=True)
@@ -280,7 +274,7 @@ def test_nearer_to_fp16_than_rounding_on_dialogues_not_calibrated_with(tmp_path,
     """The Kullback-Leibler divergence of the answers of every second golden dialogue, calibrated with the others."""
     src = official_checkpoint("moss-tiny-sft")
     tokenizer = load_tokenizer(src)
-    found = dialogues(golden, tokenizer)
+    found = golden_dialogues(golden, tokenizer)
     calibration = write(tmp_path / "calibration.jsonl", found[0::2])
     held_out = list(read_dialogues(write(tmp_path / "held-out.jsonl", found[1::2]), tokenizer))
     official = open_official(src)

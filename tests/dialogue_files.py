@@ -1,4 +1,4 @@
-"""The golden dialogues, which moss-tiny-sft knows by heart, in the official format for fine-tuning."""
+"""Files of dialogues in the official format for fine-tuning: some for the smallest checkpoints, and the golden ones."""
 
 from __future__ import annotations
 
@@ -15,8 +15,20 @@ PARTS = {
 }
 
 
-def dialogues(golden: Path, tokenizer) -> list[dict]:
-    """Each as a line of train.jsonl holds it."""
+_TALK = ["hi!", "hi hi", "h i h i", "i!", "h!h!", "hi hihi ih", "!!!", "i hi h"]
+
+
+def small_talk() -> list[dict]:
+    """Eight dialogues in the few words that the tokenizer of tests/checkpoints.py has."""
+    found = []
+    for i, human in enumerate(_TALK):
+        turn = {"Human": human + "<eoh>", "MOSS": _TALK[-i] + "  <eom>"}
+        found.append({"meta_instruction": "hi! " * i + "h", "num_turns": 1, "chat": {"turn_1": turn}})
+    return found
+
+
+def golden_dialogues(golden: Path, tokenizer) -> list[dict]:
+    """Those of golden/, which moss-tiny-sft knows by heart."""
     turns = json.loads((golden / "turns.json").read_text(encoding="utf-8"))
     return [_dialogue(tokenizer.decode(turn["prompt_ids"] + turn["greedy_ids"]) + "\n") for turn in turns]
 
