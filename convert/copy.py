@@ -26,14 +26,14 @@ Advance = Callable[[int], None]  # told the number of bytes just written
 
 def write_tensor(file: BinaryIO, target: Tensor, bands: list[Band], advance: Advance) -> None:
     """Append ``target``'s bytes, cast to its dtype. Raises MossError for what cannot be read or cast, OSError for writing."""
-    for rows in (rows for band in bands for rows in _chunks(band)):
+    for rows in (rows for band in bands for rows in chunks(band)):
         parts = [cast(view.read(), view, target.dtype) for view in rows.views]
         append(file, parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1), advance)
 
 
 def write_quantised(file: BinaryIO, bits: int, group: int, bands: list[Band], advance: Advance) -> None:
     """Append a matrix rounded to 8 or 4 bits, ``group`` inputs sharing a scale. Raises as ``write_tensor`` does."""
-    rows = (rows for band in bands for rows in _chunks(band))
+    rows = (rows for band in bands for rows in chunks(band))
     write_panels(file, in_panels(in_order(partial(_quantised, bits, group), rows), bits), advance)
 
 
@@ -75,7 +75,7 @@ def in_order(work: Callable, items: Iterable) -> Iterator[Any]:
             yield ahead.popleft().result()
 
 
-def _chunks(band: Band) -> Iterator[Band]:
+def chunks(band: Band) -> Iterator[Band]:
     """Cut a band into runs of rows of about CHUNK bytes; not at all where its rows lie mixed, as when it is transposed."""
     total = band.views[0].shape[0]
     costs = [view.row_bytes for view in band.views]

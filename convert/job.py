@@ -15,8 +15,10 @@ from typing import BinaryIO, Callable
 
 from ..errors import MossError
 from .copy import Advance
+from .spill import SUFFIX
 
 RECORD = "convert.json"
+REPORT = "quantisation.json"  # only where something was calibrated
 _SMALL_FILES = 32 << 20  # bytes of disk set aside for what is written besides the weights: mostly the tokenizer's files
 
 # What file systems without locks answer, for example many clusters' Lustre: there it is up to the user not to run two at once.
@@ -36,6 +38,7 @@ class Job:
     write: Callable[[BinaryIO, str, Advance], None]  # writes one weights file
     notes: Sequence[str] = ()  # what whoever asked for it should know, a line each
     keep_record: bool = True
+    spilled: int = 0  # bytes that take room only while it is written
 
     @property
     def partial(self) -> Path:
@@ -48,8 +51,8 @@ class Job:
 
     @property
     def free(self) -> int:
-        """Bytes free for it, those of a file that was cut short included: they are written anew."""
-        unfinished = sum(p.stat().st_size for p in self.partial.glob("*.tmp"))
+        """Bytes free for it, those included that are written anew, or were spilled before."""
+        unfinished = sum(p.stat().st_size for end in (".tmp", SUFFIX) for p in self.partial.glob("*" + end))
         return shutil.disk_usage(self.dst.parent).free + unfinished
 
     @property
@@ -64,7 +67,7 @@ class Job:
         if not self.dst.parent.is_dir():
             raise MossError(f"{self.dst.parent}: no such folder to write {self.dst.name} into")
         with _plain_errors(self):
-            needed, free = sum(self.remaining.values()) + _SMALL_FILES, self.free
+            needed, free = sum(self.remaining.values()) + self.spilled + _SMALL_FILES, self.free
         if needed > free:
             raise MossError(f"{self.dst}: {needed / 1e9:.2f} GB are still to be written, but only {free / 1e9:.2f} GB are free")
 

@@ -15,7 +15,7 @@ from ..weights import Weights, open_weights
 from ..weights.header import header_bytes
 from ..weights.layout import Tensor, files_of
 from .copy import Advance, write_tensor
-from .job import RECORD, Job, recorded_source, source_record, whole_file
+from .job import RECORD, REPORT, Job, recorded_source, source_record, whole_file
 from .mapping import Band, official_bands, official_shapes, pieces
 from .to_gptq import ToGptq
 from .to_moss_jt import check_apart, official_config
@@ -124,4 +124,4 @@ def _write_small_files(
 def _ours(src: Path, weights: Weights) -> set[str]:
     """Files that the official folder did not have: tokenizer.json may have been made from the vocabulary."""
     made = {"tokenizer.json"} - recorded_source(src) if (src / "vocab.json").exists() else set()
-    return {*files_of(weights.config), "config.json", RECORD, *made}
+    return {*files_of(weights.config), "config.json", RECORD, REPORT, *made}

@@ -17,6 +17,7 @@ from moss_jt.cli import main
 from moss_jt.weights import open_weights
 from moss_jt.weights.layout import BITS, Coding
 from tests.checkpoints import random_state, small_config, write_official
+from tests.dialogue_files import small_talk, write
 from tests.gptq_checkpoints import random_gptq
 
 CONFIG = small_config()
@@ -95,6 +96,35 @@ def test_gptq_and_back(tmp_path, run):
     assert json.loads((out / "config.json").read_text())["groupsize"] == 32
 
 
+def test_gptq(tmp_path, src, run):
+    talk, dst = write(tmp_path / "talk.jsonl", small_talk()), tmp_path / "dst"
+    args = ["convert", "weights", src, dst, "--dtype", "int4", "--method", "gptq", "--calibration", talk, "--group-size", "8"]
+    code, stdout, stderr = run(*args, "--act-order", "--dry-run")
+    assert code == 0 and stderr == "" and "to keep until then" in stdout and not dst.exists()
+    code, stdout, stderr = run(*args, "--act-order")
+    assert code == 0 and stderr == "" and stdout.startswith(f"{dst}: ")
+    assert all(name in stdout for name in ("qkv_proj", "fc_in", "out_proj", "fc_out", "seconds"))
+    assert open_weights(dst).coding == Coding("int4", "int8", 8, True)
+    assert run(*args, "--act-order")[1] == f"{dst}: already converted from {src}\n"
+    assert run("convert", "export", dst, tmp_path / "out", "--format", "gptq")[0] == 0
+    assert not (tmp_path / "out/quantisation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--method", "gptq"], "gptq needs dialogues to calibrate with"),
+        (["--calibration", "x.jsonl"], "rtn uses no calibration"),
+        (["--act-order"], "rtn has no order of inputs"),
+        (["--group-size", "12"], "group_size is 12, it must be a multiple of 8, at most 128"),
+        (["--method", "gptq", "--calibration", "no.jsonl"], "no.jsonl: cannot be read: No such file"),
+    ],
+)
+def test_what_does_not_go_together(tmp_path, src, run, options, says):
+    code, stdout, stderr = run("convert", "weights", src, tmp_path / "dst", "--dtype", "int4", *options)
+    assert code == 1 and stdout == "" and stderr.startswith("moss-jt: ") and says in stderr and stderr.count("\n") == 1
+
+
 def test_dry_run_writes_nothing(tmp_path, src, run):
     code, stdout, stderr = run("convert", "weights", src, tmp_path / "dst", "--dry-run")
     assert code == 0 and stderr == ""
@@ -127,6 +157,8 @@ def test_errors_are_one_line_and_1(tmp_path, src, run):
         ["weights", "src", "dst", "more"],
         ["weights", "src", "dst", "--dtype", "int3"],
         ["weights", "src", "dst", "--head-dtype", "int3"],
+        ["weights", "src", "dst", "--method", "awq"],
+        ["weights", "src", "dst", "--group-size", "many"],
         ["export", "src", "dst", "--shard-size", "0"],
         ["export", "src", "dst", "--shard-size", "10 parsecs"],
         ["export", "src", "dst", "--format", "gguf"],

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Callable
 
 import click
 
+from .convert_table import draw_errors
 from .size import SIZE
 
 if TYPE_CHECKING:
     from ..convert.job import Job, Progress
 
+_PERIOD = 600  # seconds by which the time left is told: a step of GPTQ can take minutes
 _DTYPES = ["fp16", "int8", "int4"]
 _FORMATS = ["pytorch", "safetensors", "gptq", "gptq-safetensors"]
 _dry_run = click.option("--dry-run", is_flag=True, help="Print what would be written; write and download nothing.")
@@ -30,23 +34,37 @@ def command() -> None:
 @click.argument("dst", type=click.Path())
 @click.option("--dtype", type=click.Choice(_DTYPES), help="How weights are stored.  [default: fp16; from GPTQ, as they are]")
 @click.option("--head-dtype", type=click.Choice(_DTYPES), help="How lm_head is.  [default: int8; fp16 with fp16 or GPTQ]")
+@click.option(
+    "--method",
+    type=click.Choice(["rtn", "gptq"]),
+    default="rtn",
+    show_default=True,
+    help="How blocks become int8 or int4: round to nearest, or GPTQ, which takes hours and comes nearer to fp16.",
+)
+@click.option("--calibration", type=click.Path(), metavar="FILE", help="Dialogues for gptq to calibrate with, in JSON lines.")
+@click.option("--group-size", type=int, default=128, show_default=True, help="Inputs that share a scale in a block.")
+@click.option("--act-order", is_flag=True, help="With gptq: take the most active inputs first.")
 @click.option("--revision", metavar="NAME", help="A branch, tag or commit, where SRC is a Hub id.")
 @_dry_run
-def weights(src: str, dst: str, dtype: str | None, head_dtype: str | None, revision: str | None, dry_run: bool) -> None:
+def weights(src: str, dst: str, revision: str | None, dry_run: bool, **coding) -> None:
     """Convert an official checkpoint to the folder DST.
 
     SRC is a folder that holds config.json, the tokenizer's files and pytorch_model*.bin or *.safetensors, or a Hub id such as
     fnlp/moss-moon-003-sft; for int8 and int4 also an fp16 folder that this command wrote. Weights that GPTQ has quantised keep
     every bit. No code of the checkpoint is run. Stopped at any moment, the same command goes on where it was.
+
+    FILE has one conversation a line, in the format of MOSS's official fine-tuning.
     """
     from .. import convert
 
     with _stoppable():
-        job = convert.plan_weights(src, dst, dtype, head_dtype, revision, download=not dry_run)
+        job = convert.plan_weights(src, dst, revision=revision, download=not dry_run, **coding)
         if job.finished:
             click.echo(f"{dst}: already converted from {src}")
         else:
             _do(job, dry_run, f"Chat with it: moss-jt chat -m {dst}")
+            if coding["method"] == "gptq" and not dry_run:
+                draw_errors(Path(dst))
 
 
 @command.command()
@@ -87,7 +105,8 @@ def _print_plan(job: Job) -> None:
         click.echo(f"{name:<{width}}  {size:>15,} bytes{'' if name in job.remaining else '  (there already)'}")
     left = sum(job.remaining.values())
     click.echo(f"{job.dst}: {len(job.files)} files, {_gb(sum(job.files.values()))}, and config.json and the tokenizer's files")
-    click.echo(f"{_gb(left)} to write, {_gb(job.free)} free there; nothing was written")
+    spilled = f" and {_gb(job.spilled)} to keep until then" if job.spilled else ""
+    click.echo(f"{_gb(left)} to write{spilled}, {_gb(job.free)} free there; nothing was written")
 
 
 def _gb(count: int) -> str:
@@ -114,7 +133,7 @@ def _drawn() -> Iterator[Progress]:
     from rich.progress import Progress as Bar
 
     columns = (BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Bar(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=_PERIOD) as bar:
         task = None
 
         def update(done: int, total: int) -> None:
@@ -127,12 +146,23 @@ def _drawn() -> Iterator[Progress]:
 
 
 def _lines() -> Callable[[int, int], None]:
-    due = time.monotonic() + 10
+    last = time.monotonic()
+    seen: deque[tuple[float, int]] = deque()
 
     def update(done: int, total: int) -> None:
-        nonlocal due
-        if time.monotonic() >= due:
-            due += 10
-            click.echo(f"{_gb(done)} of {_gb(total)} written", err=True)
+        nonlocal last
+        now = time.monotonic()
+        seen.append((now, done))
+        while seen[0][0] < now - _PERIOD:
+            seen.popleft()
+        if now >= last + 10:
+            last, (start, before) = now, seen[0]
+            left = f", {_time((now - start) * (total - done) / (done - before))} left" if done > before else ""
+            click.echo(f"{_gb(done)} of {_gb(total)} written{left}", err=True)
 
     return update
+
+
+def _time(seconds: float) -> str:
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    return f"{hours} h" if minutes > 120 else f"{minutes} min" if minutes > 2 else f"{seconds:.0f} s"
