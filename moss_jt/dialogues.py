@@ -120,6 +120,8 @@ def _dialogue(line: int, meta: str, turns: list[dict[str, str]], tokenizer: Any,
             start = len(turn_ids)
             turn_ids += tokenizer.encode(value)
             turn_spans.append(Span(role, start, len(turn_ids)))
+            if len(turn_ids) == start:
+                raise MossError(f'"{role}" has no tokens: {value!r}')
         if len(turn_ids) > limit:
             break
         ids, spans, kept = turn_ids, spans + turn_spans, kept + 1

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING
 
 import click
 
-from .size import SIZE
+from . import progress
+from .size import SIZE, gigabytes
 
 if TYPE_CHECKING:
-    from ..convert.job import Job, Progress
+    from ..convert.job import Job
 
 _DTYPES = ["fp16", "int8", "int4"]
 _FORMATS = ["pytorch", "safetensors", "gptq", "gptq-safetensors"]
@@ -76,22 +75,18 @@ def _do(job: Job, dry_run: bool, afterwards: str) -> None:
         return
     if job.partial.exists():
         click.echo(f"{job.partial}: going on, {len(job.remaining)} of {len(job.files)} files are left", err=True)
-    with _drawn() as progress:
-        job.run(progress)
-    click.echo(f"{job.dst}: {_gb(sum(job.files.values()))} in {len(job.files)} files. {afterwards}".rstrip())
+    with progress.of_bytes("written") as advance:
+        job.run(advance)
+    click.echo(f"{job.dst}: {gigabytes(sum(job.files.values()))} in {len(job.files)} files. {afterwards}".rstrip())
 
 
 def _print_plan(job: Job) -> None:
     width = max(map(len, job.files))
     for name, size in job.files.items():
         click.echo(f"{name:<{width}}  {size:>15,} bytes{'' if name in job.remaining else '  (there already)'}")
-    left = sum(job.remaining.values())
-    click.echo(f"{job.dst}: {len(job.files)} files, {_gb(sum(job.files.values()))}, and config.json and the tokenizer's files")
-    click.echo(f"{_gb(left)} to write, {_gb(job.free)} free there; nothing was written")
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 10**7 else f"{count / 1e6:.2f} MB"
+    left, total = sum(job.remaining.values()), sum(job.files.values())
+    click.echo(f"{job.dst}: {len(job.files)} files, {gigabytes(total)}, and config.json and the tokenizer's files")
+    click.echo(f"{gigabytes(left)} to write, {gigabytes(job.free)} free there; nothing was written")
 
 
 @contextmanager
@@ -101,38 +96,3 @@ def _stoppable() -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("\nmoss-jt: stopped; the same command goes on where it was", err=True)
         click.get_current_context().exit(130)
-
-
-@contextmanager
-def _drawn() -> Iterator[Progress]:
-    """A progress bar on a terminal, elsewhere a line every ten seconds; on stderr."""
-    if not sys.stderr.isatty():
-        yield _lines()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = None
-
-        def update(done: int, total: int) -> None:
-            nonlocal task
-            if task is None:
-                task = bar.add_task("", total=total, completed=done)
-            bar.update(task, completed=done)
-
-        yield update
-
-
-def _lines() -> Callable[[int, int], None]:
-    due = time.monotonic() + 10
-
-    def update(done: int, total: int) -> None:
-        nonlocal due
-        if time.monotonic() >= due:
-            due += 10
-            click.echo(f"{_gb(done)} of {_gb(total)} written", err=True)
-
-    return update

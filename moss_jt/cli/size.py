@@ -1,4 +1,4 @@
-"""Options that are sizes."""
+"""Sizes: as options, and as they are written for people."""
 
 from __future__ import annotations
 
@@ -23,3 +23,7 @@ class _Size(click.ParamType):
 SIZE = _Size()
 CONTEXT = click.option("--context", type=click.IntRange(2), default=2048, show_default=True, help="Tokens to keep room for.")
 RAM = click.option("--ram", type=SIZE, metavar="SIZE", help="Most memory to use, like 6GiB.  [default: what can be spared]")
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 10**7 else f"{count / 1e6:.2f} MB"

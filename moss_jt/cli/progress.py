@@ -1,0 +1,73 @@
+"""How far something has come, on stderr: a bar on a terminal, elsewhere a line every ten seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Callable
+
+import click
+
+from .size import gigabytes
+
+Progress = Callable[[int, int], None]  # (done, in all)
+_EVERY = 10  # seconds
+
+
+@contextmanager
+def of_bytes(verb: str) -> Iterator[Progress]:
+    """For bytes; ``verb``: what happened to those that are done."""
+    if not _at_terminal():
+        yield _lines(lambda done, total: f"{gigabytes(done)} of {gigabytes(total)} {verb}")
+        return
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    with _bar(BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as update:
+        yield update
+
+
+@contextmanager
+def of_tokens() -> Iterator[Progress]:
+    """For tokens that have been evaluated."""
+    if not _at_terminal():
+        yield _lines(lambda done, total: f"{done:,} of {total:,} tokens")
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    with _bar(BarColumn(None), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn()) as update:
+        yield update
+
+
+def _at_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+@contextmanager
+def _bar(*columns: Any) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = None
+
+        def update(done: int, total: int) -> None:
+            nonlocal task
+            if task is None:
+                task = bar.add_task("", total=total, completed=done)
+            bar.update(task, completed=done)
+
+        yield update
+
+
+def _lines(text: Callable[[int, int], str]) -> Progress:
+    due = time.monotonic() + _EVERY
+
+    def update(done: int, total: int) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            due += _EVERY
+            click.echo(text(done, total), err=True)
+
+    return update
