@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..convert.job import Job
 
 _DTYPES = ["fp16", "int8", "int4"]
-_FORMATS = ["pytorch", "safetensors", "gptq", "gptq-safetensors"]
+_FORMATS = ["pytorch", "safetensors", "gptq", "gptq-safetensors", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
 _dry_run = click.option("--dry-run", is_flag=True, help="Print what would be written; write and download nothing.")
 
 
@@ -52,13 +52,14 @@ def weights(src: str, dst: str, dtype: str | None, head_dtype: str | None, revis
 @click.argument("src", type=click.Path())
 @click.argument("out", type=click.Path())
 @click.option("--format", type=click.Choice(_FORMATS), default="pytorch", show_default=True)
-@click.option("--shard-size", type=SIZE, help="Most bytes of tensors in a file.  [default: 10GB; GPTQ's are one file]")
+@click.option("--shard-size", type=SIZE, help="Most bytes of tensors in a file.  [default: 10GB; GPTQ's and GGUF's are one file]")
 @_dry_run
 def export(src: str, out: str, format: str, shard_size: int | None, dry_run: bool) -> None:
     """Write the converted checkpoint SRC to the folder OUT with the official names and layout.
 
     What came from fp16 comes out bit for bit. pytorch is what the official code loads; safetensors is safer to open. From int8
-    and int4, gptq and gptq-safetensors are the layout of the official int8 and int4 checkpoints, and as exact.
+    and int4, gptq and gptq-safetensors are the layout of the official int8 and int4 checkpoints, and as exact. With gguf-… OUT
+    is a file, for llama.cpp, and SRC may be of any dtype.
     """
     from .. import convert
 
@@ -74,10 +75,14 @@ def _do(job: Job, dry_run: bool, afterwards: str) -> None:
         _print_plan(job)
         return
     if job.partial.exists():
-        click.echo(f"{job.partial}: going on, {len(job.remaining)} of {len(job.files)} files are left", err=True)
+        click.echo(f"{job.partial}: going on, {len(job.remaining)} of {_count(job)} are left", err=True)
     with progress.of_bytes("written") as advance:
         job.run(advance)
-    click.echo(f"{job.dst}: {gigabytes(sum(job.files.values()))} in {len(job.files)} files. {afterwards}".rstrip())
+    click.echo(f"{job.dst}: {gigabytes(sum(job.files.values()))} in {_count(job)}. {afterwards}".rstrip())
+
+
+def _count(job: Job) -> str:
+    return f"{len(job.files)} {'parts' if job.single else 'files'}"
 
 
 def _print_plan(job: Job) -> None:
@@ -85,7 +90,8 @@ def _print_plan(job: Job) -> None:
     for name, size in job.files.items():
         click.echo(f"{name:<{width}}  {size:>15,} bytes{'' if name in job.remaining else '  (there already)'}")
     left, total = sum(job.remaining.values()), sum(job.files.values())
-    click.echo(f"{job.dst}: {len(job.files)} files, {gigabytes(total)}, and config.json and the tokenizer's files")
+    others = "" if job.single else ", and config.json and the tokenizer's files"
+    click.echo(f"{job.dst}: {_count(job)}, {gigabytes(total)}{others}")
     click.echo(f"{gigabytes(left)} to write, {gigabytes(job.free)} free there; nothing was written")
 
 
