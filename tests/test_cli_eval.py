@@ -30,8 +30,8 @@ def folder(tmp_path_factory):
         moss_jt.convert.weights(src, folder / name, dtype)
     moss_jt.convert.weights(official(folder / "src-c", 1, vocab_size=404), folder / "c")
     other = official(folder / "src-d", 1)
-    merges = (other / "merges.txt").read_text("utf-8").splitlines()
-    (other / "merges.txt").write_text("\n".join(merges[:20]) + "\n", "utf-8")
+    header = (other / "merges.txt").read_text("utf-8").splitlines()[0]
+    (other / "merges.txt").write_text(header + "\n", "utf-8")
     moss_jt.convert.weights(other, folder / "d")
     long = {**PLAIN, "MOSS": "<|MOSS|>: " + "x" * 600 + "<eom>\n"}
     lines = [conversation(TURN, PLAIN), conversation(PLAIN, long, PLAIN), conversation(PLAIN)]
@@ -69,7 +69,7 @@ def exact(folder):
 
 
 def test_perplexity(run, folder):
-    code, stdout, stderr = run("perplexity", "-m", "a", "data.jsonl", "--json")
+    code, stdout, _ = run("perplexity", "-m", "a", "data.jsonl", "--json")
     found = json.loads(stdout)
     assert (code, found["dialogues"], found["turns_left_out"], found["data"]) == (0, 3, 2, "data.jsonl")
     log_p, targets = exact(folder)
