@@ -26,6 +26,8 @@ def vocabulary(folder: Path, config: Config) -> dict[str, Any]:
         raise MossError(f"{path}: missing; only a byte-level tokenizer can be written to a GGUF file")
     load_tokenizer(folder)  # checks it
     raw = json.loads(path.read_text(encoding="utf-8"))
+    if raw["model"].get("type", "BPE") != "BPE" or not _splits_like_gpt2(raw["pre_tokenizer"]):
+        raise MossError(f"{path}: cuts text otherwise than GPT-2's tokenizer; a GGUF file could not say how")
     ids = {i: (token, _NORMAL) for token, i in raw["model"]["vocab"].items()}
     for token in raw["added_tokens"]:
         special = token["special"] or token["content"] in SPECIALS
@@ -46,3 +48,8 @@ def vocabulary(folder: Path, config: Config) -> dict[str, Any]:
         if i is not None:
             found[f"tokenizer.ggml.{role}_token_id"] = i
     return found
+
+
+def _splits_like_gpt2(how: dict | None) -> bool:
+    how = how or {}
+    return how.get("type") == "ByteLevel" and how.get("use_regex", True) and not how.get("add_prefix_space", True)

@@ -154,13 +154,16 @@ class FileJob(Job):
     @property
     def remaining(self) -> dict[str, int]:
         """The parts that are not certainly whole: the last one that was written may not have reached the disk."""
-        written = self._body.stat().st_size if self._body.exists() else 0
+        written = min(self._written, sum(self.files.values()))
         return {name: n for (name, n), end in zip(self.files.items(), accumulate(self.files.values())) if end >= written}
 
     @property
     def free(self) -> int:
-        written = self._body.stat().st_size if self._body.exists() else 0
-        return shutil.disk_usage(self.dst.parent).free + written - self._kept
+        return shutil.disk_usage(self.dst.parent).free + self._written - self._kept
+
+    @property
+    def _written(self) -> int:
+        return self._body.stat().st_size if self._body.exists() else 0
 
     @property
     def _kept(self) -> int:

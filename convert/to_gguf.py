@@ -30,16 +30,18 @@ from .view import of_region
 
 # format -> (the blocks' matrices, the embedding and lm_head, llama.cpp's number for such a file)
 FORMATS = {"gguf-f16": (F16, F16, 1), "gguf-q8_0": (Q8_0, Q8_0, 7), "gguf-q4_0": (Q4_0, Q8_0, 2)}
-_CHUNK = 1 << 20  # weights encoded at a time
+_CHUNK = 1 << 19  # weights read at a time, by each thread
 _HEADER = "header"
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What a tensor is made of: ``rows(first, count)`` are float32; ``unit``: rows that have to be taken together."""
+    """What a tensor is made of: ``rows(first, count)`` are float32. ``width``: numbers that are read for a row; ``unit``: rows
+    that have to be taken together."""
 
     entry: Entry
     rows: Callable[[int, int], np.ndarray]
+    width: int
     unit: int = 1
 
 
@@ -102,13 +104,15 @@ def _parts(weights: Weights, matrices: Type, others: Type) -> dict[str, list[_So
     c, bits = weights.config, BITS[weights.coding.head_dtype]
     shape = c.vocab_size, c.n_embd
     wte, head = (of_region(weights.regions[name]) for name in (WTE_FILE, HEAD_FILE))
-    parts = {"token_embd": [_Source(Entry("token_embd.weight", others, shape), Matrix(wte, "wte.weight", shape, 16).rows)]}
+    parts = {
+        "token_embd": [_Source(Entry("token_embd.weight", others, shape), Matrix(wte, "wte.weight", shape, 16).rows, c.n_embd)]
+    }
     for i in range(c.n_layer):
         parts[f"blk.{i}"] = list(_block(weights, i, matrices))
     parts["output"] = [
         _vector("output_norm.weight", c.n_embd, vector(head["ln_f.weight"])),
         _vector("output_norm.bias", c.n_embd, vector(head["ln_f.bias"])),
-        _Source(Entry("output.weight", others, shape), Matrix(head, "lm_head.weight", shape, bits).rows),
+        _Source(Entry("output.weight", others, shape), Matrix(head, "lm_head.weight", shape, bits).rows, c.n_embd),
         _vector("output.bias", c.vocab_size, vector(head["lm_head.bias"])),
     ]
     return parts
@@ -124,18 +128,18 @@ def _block(weights: Weights, i: int, matrices: Type) -> Iterator[_Source]:
     yield _vector(b + "attn_norm.weight", d, vector(views["ln_1.weight"]))
     yield _vector(b + "attn_norm.bias", d, vector(views["ln_1.bias"]))
     qkv = Entry(b + "attn_qkv.weight", matrices, (3 * d, d))
-    yield _Source(qkv, partial(_half_split, rows, rotary_order(c)), c.head_size)
+    yield _Source(qkv, partial(_half_split, rows, rotary_order(c)), d, c.head_size)
     yield _vector(b + "attn_qkv.bias", 3 * d, _zeros)
-    yield _Source(Entry(b + "attn_output.weight", matrices, (d, d)), lambda a, n: columns.rows(a, n)[:, :d])
+    yield _Source(Entry(b + "attn_output.weight", matrices, (d, d)), lambda a, n: columns.rows(a, n)[:, :d], d + inner)
     yield _vector(b + "attn_output.bias", d, _zeros)
-    yield _Source(Entry(b + "ffn_up.weight", matrices, (inner, d)), lambda a, n: rows.rows(3 * d + a, n))
+    yield _Source(Entry(b + "ffn_up.weight", matrices, (inner, d)), lambda a, n: rows.rows(3 * d + a, n), d)
     yield _vector(b + "ffn_up.bias", inner, vector(views["in.bias"]))
-    yield _Source(Entry(b + "ffn_down.weight", matrices, (d, inner)), lambda a, n: columns.rows(a, n)[:, d:])
+    yield _Source(Entry(b + "ffn_down.weight", matrices, (d, inner)), lambda a, n: columns.rows(a, n)[:, d:], d + inner)
     yield _vector(b + "ffn_down.bias", d, vector(views["out.bias"]))
 
 
 def _vector(name: str, count: int, rows: Callable[[int, int], np.ndarray]) -> _Source:
-    return _Source(Entry(name, F32, (count,)), rows)
+    return _Source(Entry(name, F32, (count,)), rows, 1)
 
 
 def _zeros(first: int, count: int) -> np.ndarray:
@@ -158,7 +162,7 @@ def _half_split(matrix: Matrix, order: np.ndarray, first: int, count: int) -> np
 
 def _write(file: BinaryIO, source: _Source, advance: Advance) -> None:
     entry, total = source.entry, source.entry.shape[0]
-    step = max(1, _CHUNK // (source.unit * entry.nbytes // total)) * source.unit
+    step = max(1, _CHUNK // (source.unit * source.width)) * source.unit
 
     def encoded(first: int) -> np.ndarray:
         return entry.type.encode(source.rows(first, min(step, total - first)))

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import io
 import shutil
+import tempfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -129,6 +132,16 @@ def test_progress_reaches_its_end():
     assert seen[-1] == (2 * total, 2 * total)
 
 
+def test_a_disk_that_is_full(monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
+    with pytest.raises(MossError, match="the reference's logits cannot be kept there: No space left on device; set TMPDIR"):
+        compare(lambda: Predictor(1), lambda: 1 / 0, DIALOGUES)
+
+
 def test_what_cannot_be_measured(monkeypatch):
     with pytest.raises(MossError, match="no answers to measure"):
         perplexity(Predictor(1), [DIALOGUES[2]])
@@ -139,3 +152,21 @@ def test_what_cannot_be_measured(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=94 * V * 4 - 1))
     with pytest.raises(MossError, match=r"0\.00 GB are needed for the reference's logits, .* set TMPDIR"):
         compare(lambda: Predictor(1), lambda: Predictor(2), DIALOGUES)
+
+
+def test_the_trained_checkpoint_knows_its_answers(official_checkpoint, golden, shared, tmp_path):
+    """The greedy answers that the official code recorded, and which bits of a model matter to them how much."""
+    import moss_jt
+    from moss_jt.dialogues import read_dialogues
+
+    from .test_benchmarks import program
+
+    program("golden_dialogues").main(str(golden), str(shared / "moss_tokenizer"), str(tmp_path / "data.jsonl"))
+    for dtype in ("fp16", "int4"):
+        moss_jt.convert.weights(official_checkpoint("moss-tiny-sft"), tmp_path / dtype, dtype)
+    loaded = {dtype: moss_jt.load(tmp_path / dtype) for dtype in ("fp16", "int4")}
+    dialogues = list(read_dialogues(tmp_path / "data.jsonl", loaded["fp16"].tokenizer))[:5]
+    found = compare(lambda: loaded["fp16"], lambda: loaded["int4"], dialogues)
+    assert found.agreement == found.reference.accuracy == found.other.accuracy == 1
+    assert found.reference.perplexity < 1.001 and found.other.perplexity < 1.001
+    assert 0 < found.mean_kl < 1e-4

@@ -217,7 +217,7 @@ def test_the_last_part_that_was_written_is_not_trusted(tmp_path):
     job = convert.plan_export(ours, tmp_path / "m.gguf", "gguf-f16")
     sizes = list(job.files.values())
     job.partial.mkdir()
-    for size, left in ((sizes[0], 5), (sizes[0] + 1, 4), (sizes[0] + sizes[1], 4), (sum(sizes), 1)):
+    for size, left in ((sizes[0], 5), (sizes[0] + 1, 4), (sizes[0] + sizes[1], 4), (sum(sizes), 1), (sum(sizes) + 9, 1)):
         (job.partial / "m.gguf").write_bytes(b"x" * size)
         assert len(job.remaining) == left == len(job.files) - (5 - left)
 
@@ -249,6 +249,12 @@ def test_refusals(tmp_path):
         with pytest.raises(MossError, match=says):
             convert.export(src, tmp_path / out, format)
     assert (tmp_path / "there.gguf").read_text() == "mine"
+    path = ours / "tokenizer.json"
+    text = path.read_text()
+    assert '"use_regex":true' in text
+    path.write_text(text.replace('"use_regex":true', '"use_regex":false'))
+    with pytest.raises(MossError, match=r"tokenizer\.json: cuts text otherwise than GPT-2's"):
+        convert.export(ours, tmp_path / "out.gguf", "gguf-f16")
 
 
 def without_vocabulary(tmp_path: Path) -> Path:
