@@ -104,15 +104,14 @@ def _parts(weights: Weights, matrices: Type, others: Type) -> dict[str, list[_So
     c, bits = weights.config, BITS[weights.coding.head_dtype]
     shape = c.vocab_size, c.n_embd
     wte, head = (of_region(weights.regions[name]) for name in (WTE_FILE, HEAD_FILE))
-    parts = {
-        "token_embd": [_Source(Entry("token_embd.weight", others, shape), Matrix(wte, "wte.weight", shape, 16).rows, c.n_embd)]
-    }
+    embedding, output = Matrix(wte, "wte.weight", shape, 16), Matrix(head, "lm_head.weight", shape, bits)
+    parts = {"token_embd": [_Source(Entry("token_embd.weight", others, shape), embedding.rows, c.n_embd)]}
     for i in range(c.n_layer):
         parts[f"blk.{i}"] = list(_block(weights, i, matrices))
     parts["output"] = [
         _vector("output_norm.weight", c.n_embd, vector(head["ln_f.weight"])),
         _vector("output_norm.bias", c.n_embd, vector(head["ln_f.bias"])),
-        _Source(Entry("output.weight", others, shape), Matrix(head, "lm_head.weight", shape, bits).rows, c.n_embd),
+        _Source(Entry("output.weight", others, shape), output.rows, c.n_embd),
         _vector("output.bias", c.vocab_size, vector(head["lm_head.bias"])),
     ]
     return parts
