@@ -127,7 +127,7 @@ def _block(weights: Weights, i: int, matrices: Type) -> Iterator[_Source]:
     yield _vector(b + "attn_norm.weight", d, vector(views["ln_1.weight"]))
     yield _vector(b + "attn_norm.bias", d, vector(views["ln_1.bias"]))
     qkv = Entry(b + "attn_qkv.weight", matrices, (3 * d, d))
-    yield _Source(qkv, partial(_half_split, rows, rotary_order(c)), d, c.head_size)
+    yield _Source(qkv, partial(_half_split, rows, _rotary_order(c)), d, c.head_size)
     yield _vector(b + "attn_qkv.bias", 3 * d, _zeros)
     yield _Source(Entry(b + "attn_output.weight", matrices, (d, d)), lambda a, n: columns.rows(a, n)[:, :d], d + inner)
     yield _vector(b + "attn_output.bias", d, _zeros)
@@ -145,7 +145,7 @@ def _zeros(first: int, count: int) -> np.ndarray:
     return np.zeros(count, np.float32)
 
 
-def rotary_order(config: Config) -> np.ndarray:
+def _rotary_order(config: Config) -> np.ndarray:
     """Of q, k and v (3·D rows): which of ours stands at each row. In each head of q and k the rotated entries come in the
     order 0, 2, …, 1, 3, …."""
     head = np.arange(config.head_size)
