@@ -52,12 +52,12 @@ def export(
     shard_size: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the converted checkpoint ``src`` to ``out`` with the official names, layout and files.
+    """Write the converted checkpoint ``src`` to ``out`` with the official names, layout and files, or as a GGUF file.
 
     ``format``: of one in fp16 pytorch (what the official code loads) or safetensors; of one in int8 or int4 gptq or
-    gptq-safetensors, the layout of the official int8 and int4 checkpoints. ``shard_size``: most bytes of tensors in a file; by
-    default 10 GB, but all in one file for GPTQ's layout. What came from fp16, or from GPTQ, is bit for bit the original.
-    Otherwise as ``weights``.
+    gptq-safetensors, the layout of the official int8 and int4 checkpoints; of any gguf-f16, gguf-q8_0 or gguf-q4_0, one file for
+    llama.cpp. ``shard_size``: most bytes of tensors in a file; by default 10 GB, but all in one file for GPTQ's layout, and in
+    any case for GGUF. What came from fp16, or from GPTQ, is bit for bit the original, but in GGUF. Otherwise as ``weights``.
     """
     job = plan_export(src, out, format, shard_size)
     job.run(progress)
@@ -86,6 +86,9 @@ def plan_weights(
 
 def plan_export(src: str | Path, out: str | Path, format: str = "pytorch", shard_size: int | None = None) -> Job:
     """What ``export`` would write: opens and checks the source, writes nothing."""
+    from . import to_gguf
     from .to_official import plan
 
+    if format in to_gguf.FORMATS:
+        return to_gguf.plan(Path(src), Path(out), format)
     return plan(Path(src), Path(out), format, shard_size)

@@ -67,3 +67,17 @@ def _pack(rows: Quantised, bits: int) -> Quantised:
     q = packed(rows.q.reshape(n // PANEL, PANEL, groups, group * bits // 32, 32 // bits), bits)
     scale, zero = (x.reshape(n // PANEL, PANEL, groups).transpose(0, 2, 1) for x in (rows.scale, rows.zero))
     return Quantised(q.transpose(0, 2, 3, 1, 4).reshape(n // PANEL, groups, -1, 4 * PANEL), scale, zero)
+
+
+def from_panels(q: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> Quantised:
+    """Stored panels q (P, G, S·bits/32, 64), scale and zero (P, G, 16) as their rows, 16·P of them."""
+    panels, groups, chunks, _ = q.shape
+    q = q.reshape(panels, groups, chunks, PANEL, 4).transpose(0, 3, 1, 2, 4).reshape(PANEL * panels, groups, -1)
+    scale, zero = (x.transpose(0, 2, 1).reshape(-1, groups) for x in (scale, zero))
+    return Quantised(unpacked(q, bits), scale, zero)
+
+
+def dequantised(rows: Quantised) -> np.ndarray:
+    """The weights (N, G·S), float32: exact, for q less its zero has 9 bits and the scale 11."""
+    steps = rows.q.astype(np.float32) - (rows.zero.astype(np.float32) + 1)[..., None]
+    return (steps * rows.scale.astype(np.float32)[..., None]).reshape(len(steps), -1)

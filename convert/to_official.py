@@ -17,6 +17,7 @@ from ..weights.layout import Tensor, files_of
 from .copy import Advance, write_tensor
 from .job import RECORD, REPORT, Job, recorded_source, source_record, whole_file
 from .mapping import Band, official_bands, official_shapes, pieces
+from .to_gguf import FORMATS as GGUF
 from .to_gptq import ToGptq
 from .to_moss_jt import check_apart, official_config
 from .torchsave import write_torch
@@ -30,7 +31,7 @@ _SHARD = 10_000_000_000  # bytes; of GPTQ's layout everything is one file, as of
 def plan(src: Path, out: Path, format: str, shard_size: int | None) -> Job:
     """Open and check the converted checkpoint ``src``. Raises MossError where it is broken, or ``out`` is not possible."""
     if format not in FORMATS:
-        raise MossError(f"format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
+        raise MossError(f"format {format!r} is unknown; choose one of {', '.join([*FORMATS, *GGUF])}")
     is_gptq = format.startswith("gptq")
     if shard_size is None:
         shard_size = sys.maxsize if is_gptq else _SHARD

@@ -59,6 +59,21 @@ def test_export_to_safetensors(tmp_path, src, run):
     assert (tmp_path / "out/model.safetensors").exists()
 
 
+def test_export_to_gguf(tmp_path, src, run):
+    dst, out = tmp_path / "dst", tmp_path / "m.gguf"
+    run("convert", "weights", src, dst, "--dtype", "int8")
+    export = ("convert", "export", dst, out, "--format", "gguf-f16")
+    note = f"{dst} is in int8: weights are dequantised and stored as gguf-f16\n"
+    code, stdout, stderr = run(*export, "--dry-run")
+    assert (code, stderr, out.exists(), (tmp_path / "m.gguf.partial").exists()) == (0, note, False, False)
+    assert "blk.1 " in stdout and "m.gguf: 5 parts, " in stdout and "tokenizer" not in stdout
+    code, stdout, stderr = run(*export)
+    assert (code, stderr) == (0, note) and stdout == f"{out}: {out.stat().st_size / 1e6:.2f} MB in 5 parts.\n"
+    code, stdout, stderr = run("convert", "export", dst, tmp_path / "m.bin", "--format", "gguf-q8_0")
+    assert (code, stdout) == (1, "") and "has to end in .gguf" in stderr and stderr.count("\n") == 1
+    assert run("convert", "export", dst, out, "--format", "gguf-q2_k")[0] == 2
+
+
 def test_every_dtype_for_blocks_and_head(tmp_path, src, run):
     for dtype in BITS:
         dst = tmp_path / dtype

@@ -1,4 +1,4 @@
-"""What `chat` and `generate` share: their options, and loading the model. The settings are also what `/set` changes."""
+"""What `chat`, `generate` and `eval` share: options, and loading the model. The settings are also what `/set` changes."""
 
 from __future__ import annotations
 
@@ -54,11 +54,17 @@ def shared_options(command: Callable) -> Callable:
         click.option("-m", "--model", required=True, metavar="DIR", help="Folder of a converted checkpoint."),
         click.option("--system", type=TEXT, metavar="TEXT|@FILE", help="In place of MOSS's meta instruction."),
         *(_option(name, setting) for name, setting in SETTINGS.items()),
-        CONTEXT,
-        KV_CACHE,
-        RAM,
-        DEVICE,
+        machine_options,
     ]
+    return _with(options, command)
+
+
+def machine_options(command: Callable) -> Callable:
+    """Add the options that say what a model may use of the machine: what ``load_model`` takes besides the folder."""
+    return _with([CONTEXT, KV_CACHE, RAM, DEVICE], command)
+
+
+def _with(options: list[Callable], command: Callable) -> Callable:
     for option in reversed(options):
         command = option(command)
     return command

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING
 
 import click
 
+from . import progress
 from .convert_table import draw_errors
-from .size import SIZE
+from .size import SIZE, gigabytes
 
 if TYPE_CHECKING:
-    from ..convert.job import Job, Progress
+    from ..convert.job import Job
 
-_PERIOD = 600  # seconds by which the time left is told: a step of GPTQ can take minutes
 _DTYPES = ["fp16", "int8", "int4"]
-_FORMATS = ["pytorch", "safetensors", "gptq", "gptq-safetensors"]
+_FORMATS = ["pytorch", "safetensors", "gptq", "gptq-safetensors", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
 _dry_run = click.option("--dry-run", is_flag=True, help="Print what would be written; write and download nothing.")
 
 
@@ -71,13 +68,16 @@ def weights(src: str, dst: str, revision: str | None, dry_run: bool, **coding) -
 @click.argument("src", type=click.Path())
 @click.argument("out", type=click.Path())
 @click.option("--format", type=click.Choice(_FORMATS), default="pytorch", show_default=True)
-@click.option("--shard-size", type=SIZE, help="Most bytes of tensors in a file.  [default: 10GB; GPTQ's are one file]")
+@click.option(
+    "--shard-size", type=SIZE, help="Most bytes of tensors in a file.  [default: 10GB; GPTQ's and GGUF's are one file]"
+)
 @_dry_run
 def export(src: str, out: str, format: str, shard_size: int | None, dry_run: bool) -> None:
     """Write the converted checkpoint SRC to the folder OUT with the official names and layout.
 
     What came from fp16 comes out bit for bit. pytorch is what the official code loads; safetensors is safer to open. From int8
-    and int4, gptq and gptq-safetensors are the layout of the official int8 and int4 checkpoints, and as exact.
+    and int4, gptq and gptq-safetensors are the layout of the official int8 and int4 checkpoints, and as exact. With gguf-… OUT
+    is a file, for llama.cpp, and SRC may be of any dtype.
     """
     from .. import convert
 
@@ -93,24 +93,25 @@ def _do(job: Job, dry_run: bool, afterwards: str) -> None:
         _print_plan(job)
         return
     if job.partial.exists():
-        click.echo(f"{job.partial}: going on, {len(job.remaining)} of {len(job.files)} files are left", err=True)
-    with _drawn() as progress:
-        job.run(progress)
-    click.echo(f"{job.dst}: {_gb(sum(job.files.values()))} in {len(job.files)} files. {afterwards}".rstrip())
+        click.echo(f"{job.partial}: going on, {len(job.remaining)} of {_count(job)} are left", err=True)
+    with progress.of_bytes("written") as advance:
+        job.run(advance)
+    click.echo(f"{job.dst}: {gigabytes(sum(job.files.values()))} in {_count(job)}. {afterwards}".rstrip())
+
+
+def _count(job: Job) -> str:
+    return f"{len(job.files)} {'parts' if job.single else 'files'}"
 
 
 def _print_plan(job: Job) -> None:
     width = max(map(len, job.files))
     for name, size in job.files.items():
         click.echo(f"{name:<{width}}  {size:>15,} bytes{'' if name in job.remaining else '  (there already)'}")
-    left = sum(job.remaining.values())
-    click.echo(f"{job.dst}: {len(job.files)} files, {_gb(sum(job.files.values()))}, and config.json and the tokenizer's files")
-    spilled = f" and {_gb(job.spilled)} to keep until then" if job.spilled else ""
-    click.echo(f"{_gb(left)} to write{spilled}, {_gb(job.free)} free there; nothing was written")
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 10**7 else f"{count / 1e6:.2f} MB"
+    left, total = sum(job.remaining.values()), sum(job.files.values())
+    others = "" if job.single else ", and config.json and the tokenizer's files"
+    click.echo(f"{job.dst}: {_count(job)}, {gigabytes(total)}{others}")
+    spilled = f" and {gigabytes(job.spilled)} to keep until then" if job.spilled else ""
+    click.echo(f"{gigabytes(left)} to write{spilled}, {gigabytes(job.free)} free there; nothing was written")
 
 
 @contextmanager
@@ -120,49 +121,3 @@ def _stoppable() -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("\nmoss-jt: stopped; the same command goes on where it was", err=True)
         click.get_current_context().exit(130)
-
-
-@contextmanager
-def _drawn() -> Iterator[Progress]:
-    """A progress bar on a terminal, elsewhere a line every ten seconds; on stderr."""
-    if not sys.stderr.isatty():
-        yield _lines()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=_PERIOD) as bar:
-        task = None
-
-        def update(done: int, total: int) -> None:
-            nonlocal task
-            if task is None:
-                task = bar.add_task("", total=total, completed=done)
-            bar.update(task, completed=done)
-
-        yield update
-
-
-def _lines() -> Callable[[int, int], None]:
-    last = time.monotonic()
-    seen: deque[tuple[float, int]] = deque()
-
-    def update(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        seen.append((now, done))
-        while seen[0][0] < now - _PERIOD:
-            seen.popleft()
-        if now >= last + 10:
-            last, (start, before) = now, seen[0]
-            left = f", {_time((now - start) * (total - done) / (done - before))} left" if done > before else ""
-            click.echo(f"{_gb(done)} of {_gb(total)} written{left}", err=True)
-
-    return update
-
-
-def _time(seconds: float) -> str:
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    return f"{hours} h" if minutes > 120 else f"{minutes} min" if minutes > 2 else f"{seconds:.0f} s"

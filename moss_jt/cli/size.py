@@ -1,4 +1,4 @@
-"""Options about memory, which several commands have."""
+"""Sizes: as options, and as they are written for people."""
 
 from __future__ import annotations
 
@@ -27,3 +27,7 @@ RAM = click.option("--ram", type=SIZE, metavar="SIZE", help="Most memory to use,
 KV_CACHE = click.option(
     "--kv-cache", type=click.Choice(KV_CACHES), default="fp16", show_default=True, help="In what keys and values are kept."
 )
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 10**7 else f"{count / 1e6:.2f} MB"

@@ -11,7 +11,7 @@ from moss_jt.sampling import likeliest, penalised
 from moss_jt.weights.layout import BITS
 
 from .. import dequantise, reference
-from ..emulation.build import build, inout, unwritten
+from ..emulation.build import build, unwritten
 from ..swap import models
 from ..test_kv_cache import rounded
 
@@ -19,7 +19,8 @@ WRAPPERS = """
 #include "sweep.cuh"
 // Addresses as numbers are of the host's memory.
 ModelSizes the_model;
-void model(int64_t D, int64_t I, int64_t V, int64_t heads, int64_t rotary, int64_t context, int64_t bits, int64_t head_bits, int64_t cache_bits) {
+void model(int64_t D, int64_t I, int64_t V, int64_t heads, int64_t rotary, int64_t context, int64_t bits, int64_t head_bits,
+           int64_t cache_bits) {
     the_model = {D, I, V, heads, rotary, context, bits, 128, 0, head_bits, 128, cache_bits, nullptr, 1e-5};
 }
 int64_t bytes(int64_t T, int64_t R, int64_t places) { return space_bytes(the_model, T, R, places); }
@@ -28,12 +29,12 @@ void block(const half* embedded, const float* angles, const float* norm_weight, 
            const uint8_t* out_zero, void* keys, void* values, float* key_scales, float* value_scales, int64_t sequences, int64_t n, int64_t T, void* at, int64_t most) {
     ModelSizes m = the_model;
     m.angles = angles;
-    const BlockTensors b = {norm_weight, norm_bias, in_bias, out_bias, {in, in_scale, in_zero, nullptr}, {out, out_scale, out_zero, nullptr},
-                     keys, values, key_scales, value_scales};
+    const BlockTensors b = {norm_weight, norm_bias, in_bias, out_bias, {in, in_scale, in_zero, nullptr},
+                            {out, out_scale, out_zero, nullptr}, keys, values, key_scales, value_scales};
     run_blocks(m, &b, 1, embedded, (const Sequence*)sequences, n, T, Space(m, most, MOST_ROWS, (char*)at), 0);
 }
-void head(const float* norm_weight, const float* norm_bias, const float* bias, const void* q, const half* scale, const uint8_t* zero,
-          int64_t rows, int64_t R, float* logits, void* at, int64_t most) {
+void head(const float* norm_weight, const float* norm_bias, const float* bias, const void* q, const half* scale,
+          const uint8_t* zero, int64_t rows, int64_t R, float* logits, void* at, int64_t most) {
     const HeadTensors h = {norm_weight, norm_bias, bias, {q, scale, zero, nullptr}, the_model.V};
     const Space space(the_model, most, MOST_ROWS, (char*)at);
     run_head(the_model, h, (const int32_t*)rows, R, logits ? logits : space.logits, space, 0);
@@ -116,7 +117,9 @@ def _state(weights) -> dict:
     return dequantise.official_state(weights, found)
 
 
-@pytest.mark.parametrize("dtype, head_dtype, kv_cache", [("fp16", "fp16", "fp16"), ("int8", "int8", "int8"), ("int4", "int8", "fp16")])
+@pytest.mark.parametrize(
+    "dtype, head_dtype, kv_cache", [("fp16", "fp16", "fp16"), ("int8", "int8", "int8"), ("int4", "int8", "fp16")]
+)
 def test_a_prompt_and_what_follows_it(kernels, tmp_path, rng, monkeypatch, dtype, head_dtype, kv_cache):
     sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "rotary_dim": 8, "vocab_size": 300, "n_inner": 72}
     weights = models.write(tmp_path / "model", dtype, head_dtype, seed=int(rng.integers(1 << 30)), **sizes)
