@@ -56,8 +56,8 @@ def export(
 
     ``format``: of one in fp16 pytorch (what the official code loads) or safetensors; of one in int8 or int4 gptq or
     gptq-safetensors, the layout of the official int8 and int4 checkpoints; of any gguf-f16, gguf-q8_0 or gguf-q4_0, one file
-    for llama.cpp. ``shard_size``: most bytes of tensors in a file; by default 10 GB, but all in one file for GPTQ's layout, and in
-    any case for GGUF. What came from fp16, or from GPTQ, is bit for bit the original, but in GGUF. Otherwise as ``weights``.
+    for llama.cpp. ``shard_size``: most bytes of tensors in a file; by default 10 GB, but all in one file for GPTQ's layout,
+    and in any case for GGUF. What came from fp16, or from GPTQ, is bit for bit the original, but in GGUF. Otherwise as ``weights``.
     """
     job = plan_export(src, out, format, shard_size)
     job.run(progress)

@@ -44,8 +44,8 @@ const int64_t bytes = space_bytes(model, (int64_t)data["tokens"], MOST_ROWS, (in
 check(cudaMemcpy(out_p, &bytes, 8, cudaMemcpyHostToDevice), "cudaMemcpy");
 """
 _BLOCKS = """
-run_blocks(model, (const BlockTensors*)at("blocks"), (int64_t)data["n"], (const half*)at("embedded"), (const Sequence*)at("sequences"),
-           (int64_t)data["n_sequences"], (int64_t)data["T"], space, 0);
+run_blocks(model, (const BlockTensors*)at("blocks"), (int64_t)data["n"], (const half*)at("embedded"),
+           (const Sequence*)at("sequences"), (int64_t)data["n_sequences"], (int64_t)data["T"], space, 0);
 """
 _LOGITS = """
 run_head(model, *(const HeadTensors*)at("head"), (const int32_t*)at("rows"), out_shape0, out_p, space, 0);

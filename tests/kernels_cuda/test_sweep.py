@@ -25,8 +25,9 @@ void model(int64_t D, int64_t I, int64_t V, int64_t heads, int64_t rotary, int64
 }
 int64_t bytes(int64_t T, int64_t R, int64_t places) { return space_bytes(the_model, T, R, places); }
 void block(const half* embedded, const float* angles, const float* norm_weight, const float* norm_bias, const float* in_bias,
-           const float* out_bias, const void* in, const half* in_scale, const uint8_t* in_zero, const void* out, const half* out_scale,
-           const uint8_t* out_zero, void* keys, void* values, float* key_scales, float* value_scales, int64_t sequences, int64_t n, int64_t T, void* at, int64_t most) {
+           const float* out_bias, const void* in, const half* in_scale, const uint8_t* in_zero, const void* out,
+           const half* out_scale, const uint8_t* out_zero, void* keys, void* values, float* key_scales, float* value_scales,
+           int64_t sequences, int64_t n, int64_t T, void* at, int64_t most) {
     ModelSizes m = the_model;
     m.angles = angles;
     const BlockTensors b = {norm_weight, norm_bias, in_bias, out_bias, {in, in_scale, in_zero, nullptr},
