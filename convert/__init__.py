@@ -55,9 +55,9 @@ def export(
     """Write the converted checkpoint ``src`` to ``out`` with the official names, layout and files, or as a GGUF file.
 
     ``format``: of one in fp16 pytorch (what the official code loads) or safetensors; of one in int8 or int4 gptq or
-    gptq-safetensors, the layout of the official int8 and int4 checkpoints; of any gguf-f16, gguf-q8_0 or gguf-q4_0, one file
-    for llama.cpp. ``shard_size``: most bytes of tensors in a file; by default 10 GB, but all in one file for GPTQ's layout,
-    and in any case for GGUF. What came from fp16, or from GPTQ, is bit for bit the original, but in GGUF. Otherwise as ``weights``.
+    gptq-safetensors, the layout of the official int8 and int4 checkpoints. What came from fp16, or from GPTQ, is then bit for
+    bit the original. Of any: gguf-f16, gguf-q8_0 or gguf-q4_0, one file for llama.cpp. ``shard_size``: most bytes of tensors in
+    a file; by default 10 GB, but all in one file for GPTQ's layout; GGUF's is always one. Otherwise as ``weights``.
     """
     job = plan_export(src, out, format, shard_size)
     job.run(progress)

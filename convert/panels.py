@@ -71,10 +71,9 @@ def _pack(rows: Quantised, bits: int) -> Quantised:
 
 def from_panels(q: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> Quantised:
     """Stored panels q (P, G, S·bits/32, 64), scale and zero (P, G, 16) as their rows, 16·P of them."""
-    panels, groups, chunks, _ = q.shape
-    q = q.reshape(panels, groups, chunks, PANEL, 4).transpose(0, 3, 1, 2, 4).reshape(PANEL * panels, groups, -1)
-    scale, zero = (x.transpose(0, 2, 1).reshape(-1, groups) for x in (scale, zero))
-    return Quantised(unpacked(q, bits), scale, zero)
+    rows, groups = PANEL * len(q), q.shape[1]
+    scale, zero = (x.transpose(0, 2, 1).reshape(rows, groups) for x in (scale, zero))
+    return Quantised(rows_of(q, bits, 0, rows).reshape(rows, groups, -1), scale, zero)
 
 
 def dequantised(rows: Quantised) -> np.ndarray:

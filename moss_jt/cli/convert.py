@@ -68,9 +68,7 @@ def weights(src: str, dst: str, revision: str | None, dry_run: bool, **coding) -
 @click.argument("src", type=click.Path())
 @click.argument("out", type=click.Path())
 @click.option("--format", type=click.Choice(_FORMATS), default="pytorch", show_default=True)
-@click.option(
-    "--shard-size", type=SIZE, help="Most bytes of tensors in a file.  [default: 10GB; GPTQ's and GGUF's are one file]"
-)
+@click.option("--shard-size", type=SIZE, help="Most bytes of tensors in a file.  [default: 10GB; GPTQ and GGUF are one file]")
 @_dry_run
 def export(src: str, out: str, format: str, shard_size: int | None, dry_run: bool) -> None:
     """Write the converted checkpoint SRC to the folder OUT with the official names and layout.

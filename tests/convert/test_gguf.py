@@ -295,6 +295,16 @@ def test_llama_cpp_computes_the_trained_checkpoint(llama_cpp, trained, golden, t
         assert off < {"gguf-f16": 1e-3, "gguf-q8_0": 2e-2, "gguf-q4_0": 0.15}[format]
 
 
+@pytest.mark.parametrize("name", ["int8", "int4-actorder"])
+def test_llama_cpp_computes_the_official_quantised_ones(llama_cpp, official_checkpoint, golden, tmp_path, name):
+    ours = convert.weights(official_checkpoint(f"moss-tiny-sft-{name}"), tmp_path / "ours")
+    out = convert.export(ours, tmp_path / "m.gguf", "gguf-f16")
+    cases = np.load(golden / f"logits_{name}.npz")
+    exact = cases["logits0"]
+    counts = exact > -5000
+    assert error(llama_logits(llama_cpp, out, cases["ids0"], len(exact))[counts], exact[counts]) < 2e-3
+
+
 def test_llama_cpp_computes_a_random_model(llama_cpp, tmp_path):
     ours, config, state = make(tmp_path, "int8", n_embd=128, n_head=4, rotary_dim=8, n_ctx=64)
     out = convert.export(ours, tmp_path / "m.gguf", "gguf-f16")
