@@ -33,7 +33,7 @@ struct Division {
 // Few tokens: as many slices as the card has room for at once, each of 1024 inputs at least.
 inline Division divide_few(int64_t T, int64_t N, int64_t K, int64_t multiprocessors) {
     const int64_t resident = multiprocessors * few_resident(T <= 8 ? 1 : 2);
-    return {T, 0, std::max<int64_t>(1, std::min(resident / ceil_div(N, PANEL * FEW_WARPS), K / 1024))};
+    return {T, 0, std::max<int64_t>(1, std::min(resident / ceil_div(N, PANEL * FEW_PANELS), K / 1024))};
 }
 
 // Many tokens: the number of slices that takes the least time, counted in steps of a block while every multiprocessor is busy. A
@@ -66,9 +66,9 @@ template <int TILES, class W>
 void launch_few(const W& w, const Inputs& x, const Panels& panels, int slice, const Partial& partial, const After& after,
                 cudaStream_t stream) {
     const int group_bytes = x.tokens * w.steps() * STEP * 2;
-    const int stage = std::min(slice, FEW_SHARED / group_bytes / W::BATCH * W::BATCH);
-    const dim3 grid(panels.blocks(FEW_WARPS), partial.slices);
-    MOSS_LAUNCH((linear_few<TILES, W>), grid, dim3(FEW_THREADS), stage * group_bytes, stream, w, x, panels, slice, stage, partial,
+    const int stage = std::min(slice, FEW_INPUTS_BYTES / group_bytes / W::BATCH * W::BATCH);
+    const dim3 grid(panels.blocks(FEW_PANELS), partial.slices);
+    MOSS_LAUNCH((linear_few<TILES, W>), grid, dim3(32 * FEW_PANELS), stage * group_bytes, stream, w, x, panels, slice, stage, partial,
                 after);
 }
 

@@ -34,12 +34,12 @@ struct Step {
 };
 
 // What a block computes.
-struct Block {
+struct Place {
     int order, first, panels_end, token;
 };
 
 template <class W, int COLUMNS>
-__device__ inline void copy_step(const W& w, const Inputs& x, const Block& b, Step at, Stage<W, COLUMNS>* to) {
+__device__ inline void copy_step(const W& w, const Inputs& x, const Place& b, Step at, Stage<W, COLUMNS>* to) {
     const int threads = 128 * COLUMNS;
 #pragma unroll
     for (int i = threadIdx.x; i < MANY_PANELS * W::BYTES / 16; i += threads) {
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(128 * COLUMNS, COLUMNS == 1 ? 2 : 1)
     MOSS_DYNAMIC_SHARED(unsigned char, memory);
     Stage<W, COLUMNS>* stages = (Stage<W, COLUMNS>*)memory;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_panel = warp % 4 * WARP_PANELS, warp_token = warp / 4 * WARP_TOKENS;
-    Block b;
+    Place b;
     b.order = panels.of(blockIdx.y, MANY_PANELS, &b.first, &b.panels_end);
     b.token = blockIdx.x * COLUMNS * WARP_TOKENS;
     const int begin = blockIdx.z * slice, end = min(begin + slice, w.groups);
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(128 * COLUMNS, COLUMNS == 1 ? 2 : 1)
 #pragma unroll
     for (int p = 0; p < WARP_PANELS; p++) {
         panel[p] = min(b.first + warp_panel + p, b.panels_end - 1);
-        stored[p] = w.scales(panel[p], begin, lane);
+        stored[p] = W::scales(w.cursor(panel[p], begin, lane), 0);
     }
     int stage = 0;
     for (int g = begin; g < end; g++) {
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(128 * COLUMNS, COLUMNS == 1 ? 2 : 1)
         for (int p = 0; p < WARP_PANELS; p++) {
             W::offsets(stored[p], offset[p]);
             scale[p] = W::scale_of(stored[p]);
-            stored[p] = w.scales(panel[p], min(g + 1, end - 1), lane);
+            stored[p] = W::scales(w.cursor(panel[p], min(g + 1, end - 1), lane), 0);
         }
         for (int j = 0; j < w.steps(); j++) {
             cp_async_wait<STAGES - 2>();

@@ -20,16 +20,26 @@ __device__ inline void multiply(float c[4], const uint4 rows[2], const uint4& x)
     mma_16816(c, second, of_second);
 }
 
+// Where a lane finds its inputs among those of a step, [T][STEP] halves. Of tokens from T on it takes the last one's: nobody asks
+// for their sums.
+template <int TILES>
+struct Columns {
+    int at[TILES];
+    __device__ Columns(int T, int lane) {
+#pragma unroll
+        for (int i = 0; i < TILES; i++) at[i] = min(8 * i + lane / 4, T - 1) * STEP + lane % 4 * 8;
+    }
+};
+
 // The sums of a panel and up to 8 TILES tokens.
 template <int TILES>
 struct Sums {
     float at[TILES][4] = {};
 
-    // x: the step's inputs of T tokens, [T][STEP] halves. Tokens from T on get the last one's: nobody asks for their sums.
-    __device__ void add(const uint4 rows[2], const half* x, int T, int lane) {
+    // x: the inputs of a step.
+    __device__ void add(const uint4 rows[2], const half* x, const Columns<TILES>& columns) {
 #pragma unroll
-        for (int i = 0; i < TILES; i++)
-            multiply(at[i], rows, *(const uint4*)(x + min(8 * i + lane / 4, T - 1) * STEP + lane % 4 * 8));
+        for (int i = 0; i < TILES; i++) multiply(at[i], rows, *(const uint4*)(x + columns.at[i]));
     }
 
     __device__ void add_scaled(const Sums& s, float2 scale) {
@@ -55,17 +65,23 @@ struct Sums {
 #else
 
 template <int TILES>
+struct Columns {
+    int T, at;
+    __device__ Columns(int T, int lane) : T(T), at(lane % 4 * 8) {}
+};
+
+template <int TILES>
 struct Sums {
     float at[8 * TILES][2] = {};  // over the lane's inputs
 
-    __device__ void add(const uint4 rows[2], const half* x, int T, int lane) {
+    __device__ void add(const uint4 rows[2], const half* x, const Columns<TILES>& columns) {
         float2 a[2][4];
         floats(rows[0], a[0]), floats(rows[1], a[1]);
 #pragma unroll
         for (int t = 0; t < 8 * TILES; t++)
-            if (t < T) {
+            if (t < columns.T) {
                 float2 b[4];
-                floats(*(const uint4*)(x + t * STEP + lane % 4 * 8), b);
+                floats(*(const uint4*)(x + t * STEP + columns.at), b);
 #pragma unroll
                 for (int r = 0; r < 2; r++)
 #pragma unroll

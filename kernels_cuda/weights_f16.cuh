@@ -21,12 +21,22 @@ struct WeightsF16 {
     __host__ __device__ static int group() { return STEP * STEPS; }
     __host__ __device__ static int steps() { return STEPS; }
 
-    __device__ Raw load(int panel, int g, int j, int lane) const {
-        Raw raw;
-#pragma unroll
-        for (int i = 0; i < 2; i++) raw.of[i] = piece(panel * PANEL + row(lane, i), g * group() + j * STEP + lane % 4 * 8);
-        return raw;
+    // Where a lane reads: rows, and the input.
+    struct Cursor {
+        const half* row[2];
+        int k;
+    };
+    __device__ Cursor cursor(int panel, int g, int lane) const {
+        return {{row_at(panel * PANEL + row(lane, 0)), row_at(panel * PANEL + row(lane, 1))}, g * group() + lane % 4 * 8};
     }
+    __device__ static void advance(Cursor& c, int by) { c.k += by * group(); }
+
+    // Step j of the group that is b after the cursor's.
+    __device__ Raw load(const Cursor& c, int b, int j, int) const {
+        const int at = c.k + b * group() + j * STEP;
+        return {{piece(c.row[0], at), piece(c.row[1], at)}};
+    }
+    __device__ static Scales scales(const Cursor&, int) { return {}; }
 
     __device__ static Raw load(const uint8_t* tile, int lane) {
         Raw raw;
@@ -36,31 +46,32 @@ struct WeightsF16 {
     }
 
     __device__ void copy(uint8_t* tile, int panel, int g, int j, int i) const {
-        const int r = panel * PANEL + i / 4, at = g * group() + j * STEP + i % 4 * 8;
-        if (k % 8 == 0 && at < k) cp_async16(tile + 16 * i, w + (int64_t)min(r, n - 1) * k + at);
-        else *(uint4*)(tile + 16 * i) = piece(r, at);
+        const half* from = row_at(panel * PANEL + i / 4);
+        const int at = g * group() + j * STEP + i % 4 * 8;
+        if (k % 8 == 0) cp_async16(tile + 16 * i, at < k ? from + at : w, at < k ? 16 : 0);
+        else *(uint4*)(tile + 16 * i) = piece(from, at);
     }
 
-    __device__ Scales scales(int, int, int) const { return {}; }
     __device__ static float2 scale_of(Scales) { return {1, 1}; }
     __device__ static void offsets(Scales, half2*) {}
     __device__ static void unpack(const Raw& raw, const half2*, uint4 to[2]) { to[0] = raw.of[0], to[1] = raw.of[1]; }
 
 private:
-    // Inputs at ... + 7 of row r; zeros from K on. Rows from N on are the last one: nobody asks for their sums.
-    __device__ uint4 piece(int r, int at) const {
-        const half* from = w + (int64_t)min(r, n - 1) * k + at;
+    // Rows from N on are the last one: nobody asks for their sums.
+    __device__ const half* row_at(int r) const { return w + (int64_t)min(r, n - 1) * k; }
+
+    // Inputs at ... + 7 of a row; zeros from K on.
+    __device__ uint4 piece(const half* row, int at) const {
         uint4 piece = {};
         if (k % 8 == 0) {
-            if (at < k) piece = __ldg((const uint4*)from);
+            if (at < k) piece = __ldg((const uint4*)(row + at));
             return piece;
         }
-        const unsigned short* halves = (const unsigned short*)from;
-        uint32_t* words = &piece.x;
+        uint32_t words[4] = {};
 #pragma unroll
         for (int i = 0; i < 8; i++)
-            if (at + i < k) words[i / 2] |= (uint32_t)__ldg(halves + i) << 16 * (i % 2);
-        return piece;
+            if (at + i < k) words[i / 2] |= (uint32_t)__ldg((const unsigned short*)row + at + i) << 16 * (i % 2);
+        return {words[0], words[1], words[2], words[3]};
     }
 };
 

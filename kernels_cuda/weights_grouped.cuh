@@ -42,17 +42,32 @@ struct WeightsGrouped {
         return q + (((int64_t)panel * groups + g) * chunks() + c) * 64;
     }
 
-    // Step j of group g, where it has something for the lane.
-    __device__ Raw load(int panel, int g, int j, int lane) const {
+    // Where a lane reads.
+    struct Cursor {
+        const uint8_t* q;
+        const half* scale;
+        const uint8_t* zero;
+    };
+    __device__ Cursor cursor(int panel, int g, int lane) const {
+        const int64_t at = ((int64_t)panel * groups + g) * PANEL + lane / 4 * 2;
+        return {chunk(panel, g, lane % 4 * WORDS) + lane / 4 * 8, scale + at, zero + at};
+    }
+    __device__ void advance(Cursor& c, int by) const { c.q += by * chunks() * 64, c.scale += by * PANEL, c.zero += by * PANEL; }
+
+    // Step j of the group that is b after the cursor's, where it has something for the lane.
+    __device__ Raw load(const Cursor& c, int b, int j, int lane) const {
         Raw raw = {};
         if (j * STEP + lane % 4 * 8 >= group()) return raw;
-        const uint8_t* from = chunk(panel, g, j * CHUNKS + lane % 4 * WORDS) + lane / 4 * 8;
 #pragma unroll
-        for (int i = 0; i < WORDS; i++) raw.of[i] = __ldg((const uint2*)(from + 64 * i));
+        for (int i = 0; i < WORDS; i++) raw.of[i] = __ldg((const uint2*)(c.q + (b * chunks() + j * CHUNKS + i) * 64));
         return raw;
     }
 
-    // The same from a copy of the step in shared memory.
+    __device__ static Scales scales(const Cursor& c, int b) {
+        return {__ldg((const unsigned int*)(c.scale + b * PANEL)), __ldg((const unsigned short*)(c.zero + b * PANEL))};
+    }
+
+    // A lane's part of a step that was copied to shared memory.
     __device__ static Raw load(const uint8_t* tile, int lane) {
         Raw raw;
         const uint8_t* from = tile + lane % 4 * WORDS * 64 + lane / 4 * 8;
@@ -65,11 +80,6 @@ struct WeightsGrouped {
     __device__ void copy(uint8_t* tile, int panel, int g, int j, int i) const {
         const bool any = j * CHUNKS + i / 4 < chunks();
         cp_async16(tile + 16 * i, any ? chunk(panel, g, j * CHUNKS) + 16 * i : q, any ? 16 : 0);
-    }
-
-    __device__ Scales scales(int panel, int g, int lane) const {
-        const int64_t at = ((int64_t)panel * groups + g) * PANEL + lane / 4 * 2;
-        return {__ldg((const unsigned int*)(scale + at)), __ldg((const unsigned short*)(zero + at))};
     }
 
     __device__ static float2 scale_of(Scales s) { return __half22float2(as_half2(s.scale)); }
@@ -114,7 +124,7 @@ private:
 
     // Both halves of one byte: 1024 + the lower, and 1024 + 16 times the upper one, which a multiplication makes 64 + the upper one.
     __device__ static uint32_t pair4(uint32_t w, uint32_t byte, half2 offset) {
-        const uint32_t both = (__byte_perm(w, 0, byte) & 0x00F0000F) | 0x64006400;
+        const uint32_t both = lop3<0xEA>(__byte_perm(w, 0, byte), 0x00F0000F, 0x64006400);  // (a & b) | c
         return bits_of(__hfma2(as_half2(both), as_half2(0x2C003C00), offset));  // by 1 and by 1/16
     }
 };

@@ -93,8 +93,8 @@ def normed(rng, T, D):
 def close(ours, x, w, added, tolerance, after=lambda y: y):
     """Relative L2 error of after(x wᵀ + added), the size being that of sums of such terms of random signs."""
     exact, size = after(x @ w.T + added), np.sqrt(x**2 @ (w**2).T + added**2)
-    error = np.linalg.norm(ours.astype(np.float64) - exact, axis=1) / np.linalg.norm(size, axis=1)
-    assert np.isfinite(ours).all() and error.max() < tolerance, f"relative error {error.max():.2e}"
+    error = np.linalg.norm(ours.astype(np.float64) - exact) / np.linalg.norm(size)
+    assert np.isfinite(ours).all() and error < tolerance, f"relative error {error:.2e}"
 
 
 # Tokens, outputs, inputs, multiprocessors: outputs that are no whole panels, inputs that are no whole groups or vectors, products
@@ -121,12 +121,12 @@ def test_head(every, rng, bits, group, T, V, D, multiprocessors):
     states, h = normed(rng, T, D)
     w, bias, y = Weights(rng, bits, group, V, D), rng.standard_normal(V).astype(np.float32), unwritten((T, V), np.float32)
     every.head(*states, *w.arguments, bias, y, T, D, V, w.workspace(every, T, multiprocessors))
-    close(y.array, h, w.exact, bias, 3e-4)  # where an input is near the middle of two halves, the kernel's may be the other one
+    close(y.array, h, w.exact, bias, 3e-4)  # near the middle of two halves, the kernel's input may be the other one
 
 
 @GROUPS
 @pytest.mark.parametrize("orders", [0, 2])
-@pytest.mark.parametrize("T, D, I, multiprocessors", [(1, 16, 5, 1), (8, 64, 100, 2), (40, 264, 37, 100), (65, 80, 60, 1)])
+@pytest.mark.parametrize("T, D, I, multiprocessors", [(1, 16, 5, 1), (8, 64, 100, 2), (40, 272, 37, 100), (65, 80, 60, 1)])
 def test_linear_in(kernels, rng, bits, group, orders, T, D, I, multiprocessors):
     states, h = normed(rng, T, D)
     w = Weights(rng, bits, group, 3 * D + I, D, (3 * D, I) if orders and bits < 16 else ())
@@ -136,8 +136,8 @@ def test_linear_in(kernels, rng, bits, group, orders, T, D, I, multiprocessors):
         inout(np.full((T, D + I), 7, np.float16), np.arange(D + I) < np.full((T, 1), D)),
     )
     kernels.linear_in(*states, *w.arguments, bias, qkv, both, T, D, I, w.workspace(kernels, T, multiprocessors))
-    close(qkv.array, h, w.exact[: 3 * D], 0, 8e-4)
-    close(both.array[:, D:], h, w.exact[3 * D :], bias, 8e-4, reference.gelu_new)
+    close(qkv.array, h, w.exact[: 3 * D], 0, 5e-4)
+    close(both.array[:, D:], h, w.exact[3 * D :], bias, 5e-4, reference.gelu_new)
     assert (both.array[:, :D] == 7).all()
 
 

@@ -10,9 +10,8 @@ from ..emulation.build import build, unwritten
 
 WRAPPERS = """
 #include "norm.cuh"
-void layer_norm(const float* x, const float* weight, const float* bias, float eps, const int32_t* order, int orders, half* y, int64_t T,
-                int64_t D, int64_t stride) {
-    launch_layer_norm(x, {weight, bias, eps}, order, orders, y, T, D, stride, 0);
+void layer_norm(const float* x, const float* w, const float* b, const int32_t* order, int orders, half* y, int T, int D, int stride) {
+    launch_layer_norm(x, {w, b, 1e-5f}, order, orders, y, T, D, stride, 0);
 }
 """
 
@@ -29,7 +28,7 @@ def test_layer_norm(kernels, rng, orders, T, D, stride):
     weight, bias = rng.standard_normal((2, D)).astype(np.float32)
     order = np.array([rng.permutation(D) for _ in range(orders)], np.int32) if orders else None
     y = unwritten((max(orders, 1), T, stride), np.float16)
-    kernels.layer_norm(x, weight, bias, 1e-5, order, orders, y, T, D, stride)
+    kernels.layer_norm(x, weight, bias, order, orders, y, T, D, stride)
     exact = reference.layer_norm(x.astype(np.float64), weight, bias, 1e-5)
     exact = exact[None] if order is None else np.stack([exact[:, o] for o in order])
     assert np.abs(y.array[:, :, :D] - exact).max() <= 6e-4 * np.abs(exact).max() + 1e-5  # a half's rounding is 4.9e-4 of it
