@@ -13,12 +13,9 @@
 #include "attention_few.cuh"
 
 namespace moss_cuda {
+namespace attention {
 
 const int MANY_THREADS = 128, MANY_QUERIES = 64, MANY_KEYS = 32;
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 750
-#define MOSS_TENSOR_CORES
-#endif
 
 inline int64_t many_shared(int64_t S) { return (MANY_QUERIES + 2 * MANY_KEYS) * S * sizeof(half); }
 
@@ -30,10 +27,10 @@ __global__ void __launch_bounds__(MANY_THREADS) append_many(const half* qkv, Ang
     if ((int)blockIdx.x >= s.count || head >= heads.H) return;
     const int at = s.start + blockIdx.x, S = (int)heads.S;
     const half* from = qkv + (s.first + blockIdx.x) * 3 * heads.D() + head * S;
-    const Rows<Entry> keys(cache.keys, cache.key_scale, heads, s.place, head);
-    const Rows<Entry> values(cache.values, cache.value_scale, heads, s.place, head);
-    if (side % 2 == 0) append<E>(from + heads.D(), angles, S, (int)heads.rotary, keys, at);
-    else append<E>(from + 2 * heads.D(), angles, S, 0, values, at);
+    const CacheRows<Entry> keys(cache.keys, cache.key_scale, heads, s.place, head);
+    const CacheRows<Entry> values(cache.values, cache.value_scale, heads, s.place, head);
+    if (side % 2 == 0) append_row<E>(from + heads.D(), angles, S, (int)heads.rotary, keys, at);
+    else append_row<E>(from + 2 * heads.D(), angles, S, 0, values, at);
 }
 
 template <int S>
@@ -43,7 +40,7 @@ __device__ inline half* chunk_of(half* tile, int row, int chunk) {
 
 // MANY_KEYS positions from k0 on. Those from `end` on repeat the last: masked, but never something that is no number.
 template <int S>
-__device__ inline void load_tile(const Rows<half>& from, int k0, int end, half* tile) {
+__device__ inline void load_tile(const CacheRows<half>& from, int k0, int end, half* tile) {
 #pragma unroll 4
     for (int i = threadIdx.x; i < MANY_KEYS * S / 8; i += MANY_THREADS) {
         const int row = i / (S / 8), chunk = i % (S / 8);
@@ -51,18 +48,18 @@ __device__ inline void load_tile(const Rows<half>& from, int k0, int end, half* 
     }
 }
 template <int S>
-__device__ inline void load_tile(const Rows<int8_t>& from, int k0, int end, half* tile) {
+__device__ inline void load_tile(const CacheRows<int8_t>& from, int k0, int end, half* tile) {
 #pragma unroll 4
     for (int i = threadIdx.x; i < MANY_KEYS * S / 8; i += MANY_THREADS) {
         const int row = i / (S / 8), chunk = i % (S / 8), at = min(k0 + row, end - 1);
-        Piece<int8_t, 8> piece;
+        CachePiece<int8_t, 8> piece;
         float x[8];
         piece.load(from.entries + (int64_t)at * S + chunk * 8);
         piece.widen(x);
         const float scale = from.scale(at);
 #pragma unroll
         for (int j = 0; j < 8; j++) x[j] *= scale;
-        Piece<half, 8>::store(x, chunk_of<S>(tile, row, chunk));
+        CachePiece<half, 8>::store(x, chunk_of<S>(tile, row, chunk));
     }
 }
 
@@ -88,7 +85,7 @@ struct ManyQueries {
         for (int n = 0; n < MANY_KEYS / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) score[n][i] = 0;
-#ifdef MOSS_TENSOR_CORES
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 750
 #pragma unroll 2
         for (int d = 0; d < S / 16; d++) {
             uint32_t a[4];
@@ -132,7 +129,7 @@ struct ManyQueries {
         }
     }
     __device__ void add(const float weight[MANY_KEYS / 8][4], half* values) {
-#ifdef MOSS_TENSOR_CORES
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 750
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int n = 0; n < MANY_KEYS / 8; n += 2) {
@@ -175,7 +172,7 @@ __device__ inline void load_queries(const half* from, const Angles& angles, int6
         const int q = i / (S / 8), chunk = i % (S / 8);
         float x[8] = {};
         if (q < count) angles.turn<8>(from + q * 3 * D, chunk * 8, rotary, at + q, x);
-        Piece<half, 8>::store(x, chunk_of<S>(tile, q, chunk));
+        CachePiece<half, 8>::store(x, chunk_of<S>(tile, q, chunk));
     }
 }
 
@@ -189,8 +186,8 @@ __global__ void __launch_bounds__(MANY_THREADS)
     const int head = blockIdx.y, skip = (gridDim.x - 1 - blockIdx.x) * MANY_QUERIES;  // those that see most first
     if (skip >= s.count) return;
     const int at = s.start + skip, count = min(MANY_QUERIES, s.count - skip), end = at + count;
-    const Rows<Entry> keys(cache.keys, cache.key_scale, heads, s.place, head);
-    const Rows<Entry> values(cache.values, cache.value_scale, heads, s.place, head);
+    const CacheRows<Entry> keys(cache.keys, cache.key_scale, heads, s.place, head);
+    const CacheRows<Entry> values(cache.values, cache.value_scale, heads, s.place, head);
     const float scale = 1.4426950408889634f * rsqrtf((float)S);
 
     load_tile<S>(keys, 0, end, k);
@@ -216,4 +213,5 @@ __global__ void __launch_bounds__(MANY_THREADS)
     mine.store(both + (s.first + skip) * row + head * S, row, count);
 }
 
+}  // namespace attention
 }  // namespace moss_cuda

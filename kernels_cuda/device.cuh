@@ -40,24 +40,26 @@ inline void allow_shared(const void* kernel, const char* name, size_t bytes, siz
         moss_cuda::check(cudaGetLastError(), #kernel);                                    \
     } while (0)
 
-namespace moss_cuda {
-
-// What __CUDA_ARCH__ was when the code of `kernel` that this device runs was compiled.
-template <typename... P>
-int compiled_for(void (*kernel)(P...)) {
-    cudaFuncAttributes a;
-    check(cudaFuncGetAttributes(&a, kernel), "cudaFuncGetAttributes");
-    return a.ptxVersion * 10;
-}
-
-}  // namespace moss_cuda
-
 // The block's dynamic shared memory: T* name, aligned to 16 bytes.
 #define MOSS_DYNAMIC_SHARED(T, name)              \
     extern __shared__ uint4 moss_dynamic_shared[]; \
     T* const name = reinterpret_cast<T*>(moss_dynamic_shared)
 
 namespace moss_cuda {
+
+// What of the current device decides how work is divided. arch: 800 is compute capability 8.0.
+struct Device {
+    int arch, multiprocessors;
+};
+
+inline Device device() {
+    int number, major, minor, multiprocessors;
+    check(cudaGetDevice(&number), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number), "compute capability");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, number), "compute capability");
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, number), "multiprocessors");
+    return {100 * major + 10 * minor, multiprocessors};
+}
 
 // 16 bytes of what no thread writes while the kernel runs. `once`: they will not be needed again, and leave the L1 cache to others.
 __device__ __forceinline__ uint4 load16(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
