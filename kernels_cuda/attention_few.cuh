@@ -13,8 +13,9 @@
 #include "cache.cuh"
 
 namespace moss_cuda {
+namespace attention {
 
-const int ATTENTION_THREADS = 128, ATTENTION_WARPS = ATTENTION_THREADS / 32;
+const int FEW_THREADS = 128, FEW_WARPS = FEW_THREADS / 32;
 const int RUN_KEYS = 64;  // whose scores are made before their values are read
 const int MOST_RUNS = 32;
 const float LOWEST = -1e30f;
@@ -36,7 +37,7 @@ __host__ __device__ inline int run_length(int n) {
 }
 __host__ __device__ inline int runs_of(int n) { return (n + run_length(n) - 1) / run_length(n); }
 
-// Rows of S floats for threads that take E entries each: four entries of one piece, then those of the next, so that neighbouring
+// CacheRows of S floats for threads that take E entries each: four entries of one piece, then those of the next, so that neighbouring
 // threads read and write neighbouring fours.
 template <int E>
 __device__ inline int spread(int piece, int e, int S) {
@@ -56,8 +57,8 @@ __device__ inline void read(const float* from, float* to, int step) {
 // Scores of RUN_KEYS positions from k0 on for Q queries, [RUN_KEYS][Q]. Eight lanes share a key, and each takes several keys at
 // once, which share what is read of the queries. Positions from `end` on, and after a query's own, get LOWEST.
 template <class Entry, int E, int Q>
-__device__ inline void few_scores(const Rows<Entry>& keys, const float* queries, int S, int k0, int end, int at, float* scores) {
-    const int NEAR = Q > 4 ? 2 : 4, GROUPS = ATTENTION_THREADS / 8;  // as many keys as registers allow
+__device__ inline void few_scores(const CacheRows<Entry>& keys, const float* queries, int S, int k0, int end, int at, float* scores) {
+    const int NEAR = Q > 4 ? 2 : 4, GROUPS = FEW_THREADS / 8;  // as many keys as registers allow
     const int lane = threadIdx.x % 8;
     for (int key = threadIdx.x / 8; key < RUN_KEYS; key += NEAR * GROUPS) {
         const Entry* rows[NEAR];
@@ -66,7 +67,7 @@ __device__ inline void few_scores(const Rows<Entry>& keys, const float* queries,
         for (int j = 0; j < NEAR; j++) rows[j] = keys.entries + (int64_t)min(k0 + key + j * GROUPS, end - 1) * S;
 #pragma unroll 2
         for (int piece = lane; piece < S / E; piece += 8) {
-            Piece<Entry, E> raw[NEAR];
+            CachePiece<Entry, E> raw[NEAR];
             float k[NEAR][E];
 #pragma unroll
             for (int j = 0; j < NEAR; j++) raw[j].load(rows[j] + piece * E);
@@ -97,10 +98,10 @@ __device__ inline void few_scores(const Rows<Entry>& keys, const float* queries,
     }
 }
 
-// The running softmax of the queries of one warp: q = warp, warp + ATTENTION_WARPS ... Scores are in units of log 2.
+// The running softmax of the queries of one warp: q = warp, warp + FEW_WARPS ... Scores are in units of log 2.
 template <int Q>
 struct FewSoftmax {
-    static const int MINE = (Q + ATTENTION_WARPS - 1) / ATTENTION_WARPS;
+    static const int MINE = (Q + FEW_WARPS - 1) / FEW_WARPS;
     float best[MINE], total[MINE];
 
     __device__ FewSoftmax() {
@@ -109,11 +110,11 @@ struct FewSoftmax {
     }
     // scores [RUN_KEYS][Q] -> weights, for int8 times their values' scale; keep[Q]: what earlier sums shrink by.
     template <class Entry>
-    __device__ void add(float* scores, const Rows<Entry>& values, int k0, int end, float* keep) {
+    __device__ void add(float* scores, const CacheRows<Entry>& values, int k0, int end, float* keep) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
-            const int q = warp + i * ATTENTION_WARPS;
+            const int q = warp + i * FEW_WARPS;
             if (q >= Q) break;
             float *one = scores + lane * Q + q, *two = one + 32 * Q;
             const float top = fmaxf(best[i], warp_max(fmaxf(*one, *two)));
@@ -128,7 +129,7 @@ struct FewSoftmax {
         const int warp = threadIdx.x / 32;
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
-            const int q = warp + i * ATTENTION_WARPS;
+            const int q = warp + i * FEW_WARPS;
             if (q < Q && threadIdx.x % 32 == 0) bests[q] = best[i], totals[q] = total[i];
         }
     }
@@ -140,9 +141,9 @@ struct FewValues {
     float sum[Q][E];
     int piece, group, groups;
 
-    __device__ FewValues(int S) : sum{}, piece(threadIdx.x % (S / E)), group(threadIdx.x / (S / E)), groups(ATTENTION_THREADS / (S / E)) {}
+    __device__ FewValues(int S) : sum{}, piece(threadIdx.x % (S / E)), group(threadIdx.x / (S / E)), groups(FEW_THREADS / (S / E)) {}
 
-    __device__ void add(const Rows<Entry>& values, const float* weights, const float* keep, int S, int k0, int end) {
+    __device__ void add(const CacheRows<Entry>& values, const float* weights, const float* keep, int S, int k0, int end) {
         const int NEAR = 4;
         if (group >= groups) return;  // threads beyond a whole number of rows
 #pragma unroll
@@ -152,7 +153,7 @@ struct FewValues {
         const int n = min(RUN_KEYS, end - k0);
         const Entry* rows = values.entries + (int64_t)k0 * S + piece * E;
         for (int j0 = group; j0 < n; j0 += NEAR * groups) {
-            Piece<Entry, E> raw[NEAR];
+            CachePiece<Entry, E> raw[NEAR];
 #pragma unroll
             for (int u = 0; u < NEAR; u++) raw[u].load(rows + (int64_t)min(j0 + u * groups, n - 1) * S);
 #pragma unroll
@@ -190,7 +191,7 @@ __host__ __device__ inline int64_t few_shared(int64_t S, int Q) { return Q * (S 
 
 // Grid (most runs, H, parts); without runs (most groups of Q tokens, H, parts). SIZE: of a head, or 0 where only `heads` says it.
 template <class Entry, int E, int Q, int SIZE>
-__global__ void __launch_bounds__(ATTENTION_THREADS, Q == 1 ? 6 : 3)
+__global__ void __launch_bounds__(FEW_THREADS, Q == 1 ? 6 : 3)
     attention_few(const half* qkv, Angles angles, Cache cache, Heads heads, Parts parts, half* both, int64_t row, float* partials) {
     MOSS_DYNAMIC_SHARED(float, rows);
     const Part part = parts.part[blockIdx.z];
@@ -208,21 +209,21 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, Q == 1 ? 6 : 3)
         s.start += skip, s.first += skip, s.count = min(Q, s.count - skip);
         end = s.start + s.count;
     }
-    const Rows<Entry> keys(cache.keys, cache.key_scale, heads, s.place, head);
-    const Rows<Entry> values(cache.values, cache.value_scale, heads, s.place, head);
+    const CacheRows<Entry> keys(cache.keys, cache.key_scale, heads, s.place, head);
+    const CacheRows<Entry> values(cache.values, cache.value_scale, heads, s.place, head);
     const half* from = qkv + s.first * 3 * D + head * S;
 
     if (part.runs) {
         const int fresh = max(begin, s.start);
-        for (int i = threadIdx.x / 32; i < 2 * (end - fresh); i += ATTENTION_WARPS) {
+        for (int i = threadIdx.x / 32; i < 2 * (end - fresh); i += FEW_WARPS) {
             const int at = fresh + i / 2;
             const half* token = from + (at - s.start) * 3 * D;
-            if (i % 2 == 0) append<E>(token + D, angles, S, (int)heads.rotary, keys, at);
-            else append<E>(token + 2 * D, angles, S, 0, values, at);
+            if (i % 2 == 0) append_row<E>(token + D, angles, S, (int)heads.rotary, keys, at);
+            else append_row<E>(token + 2 * D, angles, S, 0, values, at);
         }
     }
     const float scale = 1.4426950408889634f * rsqrtf((float)S);
-    for (int i = threadIdx.x; i < Q * S / E; i += ATTENTION_THREADS) {
+    for (int i = threadIdx.x; i < Q * S / E; i += FEW_THREADS) {
         const int q = i / (S / E), piece = i % (S / E);
         float x[E] = {};
         if (q < s.count) angles.turn<E>(from + q * 3 * D, piece * E, (int)heads.rotary, s.start + q, x);
@@ -243,7 +244,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, Q == 1 ? 6 : 3)
     }
     softmax.store(bests, totals);
     sums.gather(rows, S);
-    for (int i = threadIdx.x; i < s.count * S; i += ATTENTION_THREADS) {
+    for (int i = threadIdx.x; i < s.count * S; i += FEW_THREADS) {
         const int q = i / S, e = i % S;
         const float sum = rows[q * S + spread<E>(e / E, e % E, S)];
         if (part.runs <= 1) both[(s.first + q) * row + head * S + e] = __float2half_rn(sum / totals[q]);
@@ -256,7 +257,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, Q == 1 ? 6 : 3)
 }
 
 // Grid (H, most tokens, parts): what the runs left, put together.
-__global__ void __launch_bounds__(ATTENTION_THREADS) attention_join(Heads heads, Parts parts, half* both, int64_t row, const float* partials) {
+__global__ void __launch_bounds__(FEW_THREADS) attention_join(Heads heads, Parts parts, half* both, int64_t row, const float* partials) {
     MOSS_DYNAMIC_SHARED(float, weight);  // MOST_RUNS
     const Part part = parts.part[blockIdx.z];
     const int q = blockIdx.y, head = blockIdx.x, S = (int)heads.S;
@@ -271,7 +272,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_join(Heads heads,
         weight[threadIdx.x] = share / total;
     }
     __syncthreads();
-    for (int e = threadIdx.x; e < S; e += ATTENTION_THREADS) {
+    for (int e = threadIdx.x; e < S; e += FEW_THREADS) {
         float sum = 0;
 #pragma unroll 8
         for (int r = 0; r < part.runs; r++) sum += weight[r] * from[r * step + e];
@@ -279,4 +280,5 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_join(Heads heads,
     }
 }
 
+}  // namespace attention
 }  // namespace moss_cuda

@@ -13,6 +13,7 @@
 #include "attention_few.cuh"
 
 namespace moss_cuda {
+namespace attention {
 
 const int MANY_THREADS = 128, MANY_QUERIES = 64, MANY_KEYS = 32;
 
@@ -26,10 +27,10 @@ __global__ void __launch_bounds__(MANY_THREADS) append_many(const half* qkv, Ang
     if ((int)blockIdx.x >= s.count || head >= heads.H) return;
     const int at = s.start + blockIdx.x, S = (int)heads.S;
     const half* from = qkv + (s.first + blockIdx.x) * 3 * heads.D() + head * S;
-    const Rows<Entry> keys(cache.keys, cache.key_scale, heads, s.place, head);
-    const Rows<Entry> values(cache.values, cache.value_scale, heads, s.place, head);
-    if (side % 2 == 0) append<E>(from + heads.D(), angles, S, (int)heads.rotary, keys, at);
-    else append<E>(from + 2 * heads.D(), angles, S, 0, values, at);
+    const CacheRows<Entry> keys(cache.keys, cache.key_scale, heads, s.place, head);
+    const CacheRows<Entry> values(cache.values, cache.value_scale, heads, s.place, head);
+    if (side % 2 == 0) append_row<E>(from + heads.D(), angles, S, (int)heads.rotary, keys, at);
+    else append_row<E>(from + 2 * heads.D(), angles, S, 0, values, at);
 }
 
 template <int S>
@@ -39,7 +40,7 @@ __device__ inline half* chunk_of(half* tile, int row, int chunk) {
 
 // MANY_KEYS positions from k0 on. Those from `end` on repeat the last: masked, but never something that is no number.
 template <int S>
-__device__ inline void load_tile(const Rows<half>& from, int k0, int end, half* tile) {
+__device__ inline void load_tile(const CacheRows<half>& from, int k0, int end, half* tile) {
 #pragma unroll 4
     for (int i = threadIdx.x; i < MANY_KEYS * S / 8; i += MANY_THREADS) {
         const int row = i / (S / 8), chunk = i % (S / 8);
@@ -47,18 +48,18 @@ __device__ inline void load_tile(const Rows<half>& from, int k0, int end, half* 
     }
 }
 template <int S>
-__device__ inline void load_tile(const Rows<int8_t>& from, int k0, int end, half* tile) {
+__device__ inline void load_tile(const CacheRows<int8_t>& from, int k0, int end, half* tile) {
 #pragma unroll 4
     for (int i = threadIdx.x; i < MANY_KEYS * S / 8; i += MANY_THREADS) {
         const int row = i / (S / 8), chunk = i % (S / 8), at = min(k0 + row, end - 1);
-        Piece<int8_t, 8> piece;
+        CachePiece<int8_t, 8> piece;
         float x[8];
         piece.load(from.entries + (int64_t)at * S + chunk * 8);
         piece.widen(x);
         const float scale = from.scale(at);
 #pragma unroll
         for (int j = 0; j < 8; j++) x[j] *= scale;
-        Piece<half, 8>::store(x, chunk_of<S>(tile, row, chunk));
+        CachePiece<half, 8>::store(x, chunk_of<S>(tile, row, chunk));
     }
 }
 
@@ -171,7 +172,7 @@ __device__ inline void load_queries(const half* from, const Angles& angles, int6
         const int q = i / (S / 8), chunk = i % (S / 8);
         float x[8] = {};
         if (q < count) angles.turn<8>(from + q * 3 * D, chunk * 8, rotary, at + q, x);
-        Piece<half, 8>::store(x, chunk_of<S>(tile, q, chunk));
+        CachePiece<half, 8>::store(x, chunk_of<S>(tile, q, chunk));
     }
 }
 
@@ -185,8 +186,8 @@ __global__ void __launch_bounds__(MANY_THREADS)
     const int head = blockIdx.y, skip = (gridDim.x - 1 - blockIdx.x) * MANY_QUERIES;  // those that see most first
     if (skip >= s.count) return;
     const int at = s.start + skip, count = min(MANY_QUERIES, s.count - skip), end = at + count;
-    const Rows<Entry> keys(cache.keys, cache.key_scale, heads, s.place, head);
-    const Rows<Entry> values(cache.values, cache.value_scale, heads, s.place, head);
+    const CacheRows<Entry> keys(cache.keys, cache.key_scale, heads, s.place, head);
+    const CacheRows<Entry> values(cache.values, cache.value_scale, heads, s.place, head);
     const float scale = 1.4426950408889634f * rsqrtf((float)S);
 
     load_tile<S>(keys, 0, end, k);
@@ -212,4 +213,5 @@ __global__ void __launch_bounds__(MANY_THREADS)
     mine.store(both + (s.first + skip) * row + head * S, row, count);
 }
 
+}  // namespace attention
 }  // namespace moss_cuda

@@ -13,25 +13,25 @@ struct Cache {
     float *key_scale, *value_scale;  // of 8 bits, else null
 };
 
-// Rows at places of the cache: new tokens are rows first ... first + count - 1 of what goes in, at positions start ... of it.
+// CacheRows at places of the cache: new tokens are rows first ... first + count - 1 of what goes in, at positions start ... of it.
 struct Sequence {
     int32_t place, start, first, count;
 };
 
 // Keys or values of one sequence and head: C rows of S entries.
 template <class Entry>
-struct Rows {
+struct CacheRows {
     Entry* entries;
     float* scales;
 
-    __device__ Rows(void* all, float* scales, const Heads& heads, int place, int head)
+    __device__ CacheRows(void* all, float* scales, const Heads& heads, int place, int head)
         : entries((Entry*)all + (place * heads.H + head) * heads.C * heads.S), scales(scales ? scales + (place * heads.H + head) * heads.C : nullptr) {}
     __device__ float scale(int at) const;
 };
 template <>
-__device__ inline float Rows<half>::scale(int) const { return 1; }
+__device__ inline float CacheRows<half>::scale(int) const { return 1; }
 template <>
-__device__ inline float Rows<int8_t>::scale(int at) const { return scales[at]; }
+__device__ inline float CacheRows<int8_t>::scale(int at) const { return scales[at]; }
 
 // q + 2^23 + 128 has q + 128 as its last bits; putting them there is one instruction where a conversion takes several cycles.
 __device__ inline void widen8(const uint2& raw, float* to) {
@@ -43,9 +43,9 @@ __device__ inline void widen8(const uint2& raw, float* to) {
 
 // E entries, loaded and stored at once. Loads do not go through the read-only cache: the block may have written the entries itself.
 template <class Entry, int E>
-struct Piece;
+struct CachePiece;
 template <>
-struct Piece<half, 8> {
+struct CachePiece<half, 8> {
     uint4 raw;
     __device__ void load(const half* from) { raw = *(const uint4*)from; }
     __device__ void widen(float* to) const { widen8(raw, to); }
@@ -59,7 +59,7 @@ struct Piece<half, 8> {
     }
 };
 template <>
-struct Piece<half, 1> {
+struct CachePiece<half, 1> {
     half raw;
     __device__ void load(const half* from) { raw = *from; }
     __device__ void widen(float* to) const { *to = __half2float(raw); }
@@ -75,7 +75,7 @@ struct RowScale {
 };
 
 template <>
-struct Piece<int8_t, 8> {
+struct CachePiece<int8_t, 8> {
     uint2 raw;
     __device__ void load(const int8_t* from) { raw = *(const uint2*)from; }
     __device__ void widen(float* to) const { widen8(raw, to); }
@@ -87,7 +87,7 @@ struct Piece<int8_t, 8> {
     }
 };
 template <>
-struct Piece<int8_t, 1> {
+struct CachePiece<int8_t, 1> {
     int8_t raw;
     __device__ void load(const int8_t* from) { raw = *from; }
     __device__ void widen(float* to) const { *to = raw; }
@@ -96,9 +96,9 @@ struct Piece<int8_t, 1> {
 
 // A warp finds what to multiply row `at` by, and writes its scale.
 template <int E>
-__device__ inline float new_scale(const half*, const Angles&, int, int, const Rows<half>&, int) { return 1; }
+__device__ inline float new_scale(const half*, const Angles&, int, int, const CacheRows<half>&, int) { return 1; }
 template <int E>
-__device__ inline float new_scale(const half* from, const Angles& angles, int S, int rotary, const Rows<int8_t>& to, int at) {
+__device__ inline float new_scale(const half* from, const Angles& angles, int S, int rotary, const CacheRows<int8_t>& to, int at) {
     float most = 0, x[E];
     for (int e = threadIdx.x % 32 * E; e < S; e += 32 * E) {
         angles.turn<E>(from, e, rotary, at, x);
@@ -112,12 +112,12 @@ __device__ inline float new_scale(const half* from, const Angles& angles, int S,
 
 // A warp writes row `at` from a head of a token, whose first `rotary` entries turn (none of a value's).
 template <int E, class Entry>
-__device__ inline void append(const half* from, const Angles& angles, int S, int rotary, const Rows<Entry>& to, int at) {
+__device__ inline void append_row(const half* from, const Angles& angles, int S, int rotary, const CacheRows<Entry>& to, int at) {
     const float by = new_scale<E>(from, angles, S, rotary, to, at);
     for (int e = threadIdx.x % 32 * E; e < S; e += 32 * E) {
         float x[E];
         angles.turn<E>(from, e, rotary, at, x);
-        Piece<Entry, E>::store(x, to.entries + (int64_t)at * S + e, by);
+        CachePiece<Entry, E>::store(x, to.entries + (int64_t)at * S + e, by);
     }
 }
 

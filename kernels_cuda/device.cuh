@@ -43,18 +43,6 @@ inline void allow_shared(const void* kernel, const char* name, size_t bytes, siz
         moss_cuda::check(cudaGetLastError(), #kernel);                                    \
     } while (0)
 
-namespace moss_cuda {
-
-// What __CUDA_ARCH__ was when the code of `kernel` that this device runs was compiled.
-template <typename... P>
-int compiled_for(void (*kernel)(P...)) {
-    cudaFuncAttributes a;
-    check(cudaFuncGetAttributes(&a, kernel), "cudaFuncGetAttributes");
-    return a.ptxVersion * 10;
-}
-
-}  // namespace moss_cuda
-
 // The block's dynamic shared memory: T* name, aligned to 16 bytes.
 #define MOSS_DYNAMIC_SHARED(T, name)              \
     extern __shared__ uint4 moss_dynamic_shared[]; \

@@ -224,13 +224,6 @@ void launch_kernel(const char* name, void (*kernel)(P...), dim3 grid, dim3 block
 
 }  // namespace moss_emulation
 
-namespace moss_cuda {
-
-template <typename... P>
-int compiled_for(void (*)(P...)) { return __CUDA_ARCH__; }
-
-}  // namespace moss_cuda
-
 #define MOSS_DYNAMIC_SHARED(T, name) T* const name = (T*)::moss_emulation::dynamic_shared(alignof(T))
 #define MOSS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     ((void)(cudaStream_t)(stream), ::moss_emulation::launch_kernel(#kernel, kernel, grid, block, shared_bytes, __VA_ARGS__))
