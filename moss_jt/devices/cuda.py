@@ -8,12 +8,14 @@ import numpy as np
 
 from .. import cudart, ops
 from ..cache import Cache, parts_of
-from ..ops.sweep import MOST_LIKELIEST, MOST_ROWS, Space, Sweeps, penalties
-from ..runtime import jittor
+from ..errors import MossError
+from ..ops.sweep import MOST_LIKELIEST, MOST_ROWS, Space, Sweeps, penalties, source
+from ..runtime import compiling, jittor
 from ..sampling import Likeliest
 from ..swap import CHUNK
 from ..swap.host import Rows
 from ..swap.parts import pages
+from ..swap.plan import in_mib
 from ..swap.reader import File
 from ..weights import Weights
 from ..weights.layout import HEAD_FILE, WTE_FILE, Tensor, block_file
@@ -29,8 +31,13 @@ class Cuda:
     streams = False
 
     def __init__(self, weights: Weights, context: int, kv_cache: str = "fp16"):
-        """``context``: tokens to keep caches for. Raises OutOfDeviceMemory where the weights do not fit."""
+        """``context``: tokens to keep caches for, and ``kv_cache``: in what. Raises OutOfDeviceMemory where the weights and the
+        cache of a sequence do not fit, MossError where these kernels cannot compute the model."""
         self._config, self._context, self._kv_cache = weights.config, context, kv_cache
+        size = weights.config.head_size
+        if size > (1024 if size % 8 == 0 else 128):  # as attention.cuh has it
+            raise MossError(f"heads of {size} numbers are too large for the GPU's kernels")
+        self._check_room(weights)
         angles = ops.rotary_angles(context, weights.config.rotary_dim)
         self._angles = cudart.Memory(angles.nbytes)
         cudart.to_device(self._angles.pointer, angles)
@@ -44,6 +51,14 @@ class Cuda:
         self._head = self._sweeps.head(head, weights.config.vocab_size)
         self._embedded = cudart.pinned(2 * weights.config.n_embd * CHUNK).view(np.float16).reshape(CHUNK, -1)
         self._seen = cudart.Memory(4 * MOST_ROWS * context)
+
+    def _check_room(self, weights: Weights) -> None:
+        held = sum(region.nbytes for name, region in weights.regions.items() if name != WTE_FILE)
+        cache, (free, _) = self._config.cache_bytes_per_token(self._kv_cache) * self._context, cudart.memory_info()
+        if held + cache > free:
+            raise cudart.OutOfDeviceMemory(
+                f"the model needs {in_mib(held)} of the device's memory, and its KV cache {in_mib(cache)}, and {in_mib(free)} are free"
+            )
 
     def cache(self, places: int) -> DeviceCache:
         """Room on the device, and the work space for sweeps over it. Raises OutOfDeviceMemory."""
@@ -60,7 +75,7 @@ class Cuda:
         return DeviceCache(self._context, places, table, memory, Space(memory[-1].pointer, CHUNK))
 
     def _space_bytes(self, places: int) -> int:
-        with jittor().flag_scope(use_cuda=1):
+        with compiling(source()), jittor().flag_scope(use_cuda=1):
             return self._sweeps.space_bytes(CHUNK, places)
 
     def sweep(self, cache: DeviceCache, sweep: Sweep) -> list[np.ndarray | Likeliest]:
@@ -79,13 +94,13 @@ class Cuda:
     def _logits(self, rows: list[Row], enough: int, space: Space, state) -> list[np.ndarray | Likeliest]:
         which = np.array([row.row for row in rows], np.int32)
         if not 0 < enough <= min(MOST_LIKELIEST, self._config.vocab_size):
-            return list(self._sweeps.logits(self._head, which, space, state).numpy())
+            return list(self._sweeps.logits(self._head, which, space, state))
         by = [row.sampling.penalty for row in rows]
         seen = [np.unique(row.seen) if p != 1 else row.seen[:0] for row, p in zip(rows, by)]
         cudart.to_device(self._seen.pointer, np.concatenate(seen).astype(np.int32))
         table = penalties([len(ids) for ids in seen], by)
-        logits, ids = self._sweeps.likeliest(self._head, which, enough, table, self._seen.pointer, space, state).numpy()
-        return [Likeliest(i, x) for i, x in zip(ids.view(np.int32), logits)]
+        logits, ids = self._sweeps.likeliest(self._head, which, enough, table, self._seen.pointer, space, state)
+        return list(map(Likeliest, ids, logits))
 
 
 class DeviceCache(Cache):

@@ -33,26 +33,31 @@ _PENALTIES = np.dtype([("start", "i4", MOST_ROWS + 1), ("by", "f4", MOST_ROWS)])
 _MODEL = np.dtype([(name, "i8") for name in _SIZES] + [("angles", "u8"), ("eps", "f8")])
 
 
-_SETUP = """
+# One op for all that is done: its kernels take a minute to compile.
+_BYTES, _BLOCKS, _LOGITS, _LIKELIEST = range(4)
+_SOURCE = """
 using namespace moss_cuda;
-const auto at = [&](const char* name) { return reinterpret_cast<char*>(static_cast<uintptr_t>(data[name])); };
+const auto number = [&](const char* name) { return (int64_t)data[name]; };
+const auto at = [&](const char* name) { return reinterpret_cast<char*>((uintptr_t)number(name)); };
 const ModelSizes& model = *(const ModelSizes*)at("model");
-const Space space(model, (int64_t)data["tokens"], MOST_ROWS, at("space"));
-"""
-_BYTES = """
-const int64_t bytes = space_bytes(model, (int64_t)data["tokens"], MOST_ROWS, (int64_t)data["places"]);
-check(cudaMemcpy(out_p, &bytes, 8, cudaMemcpyHostToDevice), "cudaMemcpy");
-"""
-_BLOCKS = """
-run_blocks(model, (const BlockTensors*)at("blocks"), (int64_t)data["n"], (const half*)at("embedded"),
-           (const Sequence*)at("sequences"), (int64_t)data["n_sequences"], (int64_t)data["T"], space, 0);
-"""
-_LOGITS = """
-run_head(model, *(const HeadTensors*)at("head"), (const int32_t*)at("rows"), out_shape0, out_p, space, 0);
-"""
-_LIKELIEST = """
-run_head(model, *(const HeadTensors*)at("head"), (const int32_t*)at("rows"), out_shape1, space.logits, space, 0);
-run_top(model, *(const Penalties*)at("penalties"), (const int32_t*)at("ids"), out_shape1, out_shape2, out_p, space, 0);
+const Space space(model, number("tokens"), MOST_ROWS, at("space"));
+switch (number("what")) {
+case 0: {
+    const int64_t bytes = space_bytes(model, number("tokens"), MOST_ROWS, number("places"));
+    check(cudaMemcpy(out_p, &bytes, 8, cudaMemcpyHostToDevice), "cudaMemcpy");
+    break;
+}
+case 1:
+    run_blocks(model, (const BlockTensors*)at("blocks"), number("n"), (const half*)at("embedded"),
+               (const Sequence*)at("sequences"), number("n_sequences"), number("T"), space, 0);
+    break;
+case 2:
+    run_head(model, *(const HeadTensors*)at("head"), (const int32_t*)at("rows"), number("R"), out_p, space, 0);
+    break;
+case 3:
+    run_head(model, *(const HeadTensors*)at("head"), (const int32_t*)at("rows"), number("R"), space.logits, space, 0);
+    run_top(model, *(const Penalties*)at("penalties"), (const int32_t*)at("ids"), number("R"), number("k"), out_p, space, 0);
+}
 """
 
 
@@ -73,12 +78,12 @@ class Sweeps:
     def __init__(self, config: Config, coding: Coding, context: int, angles: int, cache_bits: int = 16):
         sizes = (config.n_embd, config.n_inner, config.vocab_size, config.n_head, config.rotary_dim, context)
         codes = (BITS[coding.dtype], coding.group, coding.ordered, BITS[coding.head_dtype], GROUP, cache_bits)
+        self._first = jittor().array(np.zeros(1, np.float32))
         self._model = np.array([(*sizes, *codes, angles, config.layer_norm_epsilon)], _MODEL)
 
     def space_bytes(self, tokens: int, places: int) -> int:
         """The work space that sweeps of up to ``tokens`` tokens of up to ``places`` sequences need."""
-        low, high = self._run((2,), _BYTES, Space(0, tokens), places=places).numpy().view(np.uint32)
-        return int(high) << 32 | int(low)
+        return int(self._run(2, _BYTES, Space(0, tokens), places=places).numpy().view(np.int64)[0])
 
     def table(self, blocks: list[dict[str, int]], cache: list[list[int]]) -> np.ndarray:
         """The blocks: addresses of each one's tensors, as docs/formats.md names them, and of its keys, values and, in int8,
@@ -103,31 +108,42 @@ class Sweeps:
         """The blocks of a table for new tokens of some sequences (int32 (n, 4), as ``ops.sequences`` takes it).
 
         embedded: float16 (T, D) in pinned memory; None: these blocks follow those that ``after``, their result, came from.
-        Returns a Var that says no more than that.
+        Returns a Var that says no more than that they were.
         """
         given = {"blocks": table, "sequences": sequences, "embedded": embedded}
         counts = {"n": len(table), "n_sequences": len(sequences), "T": tokens}
-        return self._run((1,), _BLOCKS, space, after, given, **counts)
+        return self._run(1, _BLOCKS, space, after, given, **counts)
 
-    def logits(self, head: np.ndarray, rows: np.ndarray, space: Space, after):
-        """float32 (R, V) of at most MOST_ROWS rows (int32) of the sweep whose result ``after`` is."""
-        return self._run((len(rows), int(head["rows"][0])), _LOGITS, space, after, {"head": head, "rows": rows})
+    def logits(self, head: np.ndarray, rows: np.ndarray, space: Space, after) -> np.ndarray:
+        """float32 (R, V) of at most MOST_ROWS rows (int32) of the sweep whose result ``after`` is. Waits for them."""
+        count = int(head["rows"][0])
+        found = self._run(len(rows) * count, _LOGITS, space, after, {"head": head, "rows": rows}, R=len(rows))
+        return found.numpy().reshape(len(rows), count)
 
-    def likeliest(self, head: np.ndarray, rows: np.ndarray, k: int, penalties: np.ndarray, ids: int, space: Space, after):
-        """float32 (2, R, k): of each of the rows the k highest logits, and their ids as the bits of int32.
+    def likeliest(
+        self, head: np.ndarray, rows: np.ndarray, k: int, penalties: np.ndarray, ids: int, space: Space, after
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k highest logits of each of the rows, float32 (R, k), and their ids, int32 (R, k). Waits for them.
 
         penalties: from ``penalties``; ids: the address on the device of those that it is about.
         """
         given = {"head": head, "rows": rows, "penalties": penalties}
-        return self._run((2, len(rows), k), _LIKELIEST, space, after, given, ids=ids)
+        found = self._run(2 * len(rows) * k, _LIKELIEST, space, after, given, ids=ids, R=len(rows), k=k).numpy()
+        logits, ids = found.reshape(2, len(rows), k)
+        return logits, ids.view(np.int32)
 
-    def _run(self, shape: tuple[int, ...], call: str, space: Space, after=None, given: dict | None = None, **numbers: float):
+    def _run(self, size: int, what: int, space: Space, after=None, given: dict | None = None, **numbers: float):
+        """What it takes and gives has one dimension throughout: Jittor compiles an op again for every other number of them."""
         addresses = {name: 0 if array is None else array.ctypes.data for name, array in (given or {}).items()}
         numbers = {**addresses, **numbers, "model": self._model.ctypes.data, "space": space.address, "tokens": space.tokens}
-        inputs = [] if after is None else [after]
-        return jittor().code(
-            shape, "float32", inputs, cuda_header=header("sweep.cuh", "kernels_cuda"), cuda_src=_SETUP + call, data=numbers
-        )
+        inputs = [self._first if after is None else after]
+        data = {**numbers, "what": what}
+        return jittor().code((size,), "float32", inputs, cuda_header=source(), cuda_src=_SOURCE, data=data)
+
+
+def source() -> str:
+    """What the op is compiled from."""
+    return header("sweep.cuh", "kernels_cuda")
 
 
 def penalties(counts: list[int], by: list[float]) -> np.ndarray:

@@ -19,11 +19,11 @@ WRAPPERS = """
 #include "sweep.cuh"
 // Addresses as numbers are of the host's memory.
 ModelSizes the_model;
+int64_t bytes(int64_t T, int64_t R, int64_t places) { return space_bytes(the_model, T, R, places); }
 void model(int64_t D, int64_t I, int64_t V, int64_t heads, int64_t rotary, int64_t context, int64_t bits, int64_t head_bits,
            int64_t cache_bits) {
     the_model = {D, I, V, heads, rotary, context, bits, 128, 0, head_bits, 128, cache_bits, nullptr, 1e-5};
 }
-int64_t bytes(int64_t T, int64_t R, int64_t places) { return space_bytes(the_model, T, R, places); }
 void block(const half* embedded, const float* angles, const float* norm_weight, const float* norm_bias, const float* in_bias,
            const float* out_bias, const void* in, const half* in_scale, const uint8_t* in_zero, const void* out,
            const half* out_scale, const uint8_t* out_zero, void* keys, void* values, float* key_scales, float* value_scales,
