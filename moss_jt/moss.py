@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from .config import Config
+from .devices import open_device
 from .drafts import Drafts
 from .errors import MossError
 from .generate import Answer, Piece, Stats, generate
 from .model import Model
-from .runtime import jittor
 from .sampling import Sampling
 from .stopping import Stop
-from .swap import plan_for
 from .tokenizer import load_tokenizer
 from .weights import open_weights
 
@@ -36,9 +35,8 @@ def load(
     weights = open_weights(folder)
     tokenizer = load_tokenizer(folder)
     context = min(context, weights.config.n_ctx)
-    plan = plan_for(weights, context, ram, kv_cache)
-    jittor(device)
-    return Moss(Model(weights, context, plan, kv_cache), tokenizer)
+    on = open_device(weights, context, ram, kv_cache, device)
+    return Moss(Model(weights, context, kv_cache=kv_cache, device=on), tokenizer)
 
 
 class Moss:

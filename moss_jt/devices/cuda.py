@@ -56,9 +56,8 @@ class Cuda:
         held = sum(region.nbytes for name, region in weights.regions.items() if name != WTE_FILE)
         cache, (free, _) = self._config.cache_bytes_per_token(self._kv_cache) * self._context, cudart.memory_info()
         if held + cache > free:
-            raise cudart.OutOfDeviceMemory(
-                f"the model needs {in_mib(held)} of the device's memory, and its KV cache {in_mib(cache)}, and {in_mib(free)} are free"
-            )
+            needs = f"the model needs {in_mib(held)} of the device's memory, and its KV cache {in_mib(cache)}"
+            raise cudart.OutOfDeviceMemory(f"{needs}, and {in_mib(free)} are free")
 
     def cache(self, places: int) -> DeviceCache:
         """Room on the device, and the work space for sweeps over it. Raises OutOfDeviceMemory."""
