@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from .swap import models
+
 STUB = Path(os.environ.get("MOSS_CUDA_STUB", "/nonexistent"))
 pytestmark = pytest.mark.skipif(
     not (STUB / "bin/nvcc").exists(), reason="needs a toolkit folder of stubs, which MOSS_CUDA_STUB names"
@@ -132,3 +134,79 @@ def test_a_host_body_amid_the_device_s_work(done):
 def test_several_ops_and_one_of_jittor_s_own(done):
     _, log = done
     assert log["lazy"].count("launch") == 3 and log["cub"].count("launch") == 1
+
+
+# ---- a model -----------------------------------------------------------------------------------------------------------------
+
+MODEL = r"""
+import json, os, sys
+import numpy as np
+from moss_jt import cudart
+from moss_jt.devices import open_device
+from moss_jt.model import Model, Request
+from moss_jt.sampling import Likeliest, Sampling
+from moss_jt.weights import open_weights
+
+def mark(text):
+    with open(os.environ["MOSS_STUB_LOG"], "a") as log:
+        log.write(f"--- {text}\n")
+
+weights = open_weights(sys.argv[1])
+mark("load")
+device = open_device(weights, 64, kv_cache="int8", device="cuda")
+model = Model(weights, 64, kv_cache="int8", device=device)
+ids, greedy = np.arange(20), Sampling(greedy=True)
+mark("prompt")
+(logits,) = model.logits(ids)
+mark("token")
+((one,),) = model.evaluate([Request(model.sequence, np.arange(21), 1, greedy)])
+mark("token again")
+model.evaluate([Request(model.sequence, np.arange(22), 1, Sampling(seed=0))])
+mark("batch")
+cache = model.cache(3)
+batch = model.evaluate([Request(s, ids[: 5 + s.place], 2, greedy) for s in cache.sequences])
+mark("many rows")
+rows = model.logits(np.arange(30, 55), 20)
+mark("freed")
+used = cudart.memory_info()
+del model, device, cache
+import gc; gc.collect()
+mark("end")
+print(json.dumps({
+    "logits": list(logits.shape), "one": [type(one).__name__, list(one.ids.shape)],
+    "batch": [len(b) for b in batch], "rows": list(rows.shape), "bytes": weights.nbytes, "freed": cudart.memory_info()[0] - used[0],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    weights = models.write(tmp_path_factory.mktemp("stub-model") / "model", "int4", "int8")
+    log = weights.folder.parent / "log"
+    env = {**os.environ, "LD_LIBRARY_PATH": str(STUB / "lib64"), "nvcc_path": str(STUB / "bin/nvcc"), "MOSS_STUB_LOG": str(log)}
+    ran = subprocess.run([sys.executable, "-c", MODEL, str(weights.folder)], env=env, stdout=subprocess.PIPE, text=True)
+    assert ran.returncode == 0
+    parts = re.split(r"^--- (.+)\n", log.read_text(), flags=re.MULTILINE)
+    return weights, json.loads(ran.stdout.splitlines()[-1]), dict(zip(parts[1::2], parts[2::2]))
+
+
+def test_a_model_s_weights_go_to_the_device_once(model):
+    weights, answer, log = model
+    files = [region.nbytes for name, region in weights.regions.items() if name != "wte.safetensors"]
+    copied = [int(size) for size in re.findall(r"copy kind 1 (\d+)", log["load"])]
+    assert [size for size in copied if size in files] == files
+    later = [int(size) for part in ("prompt", "token", "token again") for size in re.findall(r"copy kind 1 (\d+)", log[part])]
+    assert sum(later) < 10_000
+    assert answer["freed"] > sum(files)
+
+
+def test_a_token_is_issued_at_once_and_little_comes_back(model):
+    weights, answer, log = model
+    assert answer["logits"] == [2100] and answer["rows"] == [20, 2100] and answer["batch"] == [2, 2, 2]
+    assert answer["one"] == ["Likeliest", [1]]
+    for part in ("token", "token again"):
+        back = [int(size) for size in re.findall(r"copy kind 2 (\d+)", log[part])]
+        assert len(back) == 1 and back[0] <= 2 * 40 * 4  # the likeliest tokens and their logits
+        launches = log[part].count("launch")
+        assert 4 * weights.config.n_layer < launches < 8 * weights.config.n_layer + 12
+        assert "malloc" not in log[part]

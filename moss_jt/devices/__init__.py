@@ -10,7 +10,7 @@ from ..errors import MossError
 from ..runtime import jittor
 from ..swap import plan_for
 from ..weights import Weights
-from .cuda import Cuda
+from .gpu import Cuda
 from .host import Host
 from .sweep import Sweep
 

@@ -55,7 +55,7 @@ def kernels():
 
 
 class Emulated:
-    """A model as moss_jt/devices/cuda.py runs it, but on the emulated device, and a block at a time."""
+    """A model as moss_jt/devices/gpu.py runs it, but on the emulated device, and a block at a time."""
 
     def __init__(self, kernels, weights, kv_cache: str, places: int):
         self.kernels, self.weights, c = kernels, weights, weights.config
