@@ -13,7 +13,9 @@ from moss_jt.bench import Shape
 from moss_jt.config import Config
 from moss_jt.weights.layout import Coding
 
+from .checkpoints import random_state, small_config, write_official
 from .conftest import ROOT
+from .dialogue_files import small_talk, write
 
 SMALL = Config(n_layer=2, n_embd=256, n_head=4, n_inner=1024, rotary_dim=8, n_ctx=64, vocab_size=300)
 ASK = {"config": asdict(SMALL), "dtype": "int4", "head_dtype": "int8", "threads": 2, "used": 20}
@@ -30,12 +32,16 @@ serve({name: sample(name) for name in ("decode", "memory", "prefill")}, bytes_pe
 """
 
 
-@pytest.fixture
-def peers(monkeypatch):
-    spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks" / "peers.py")
+def program(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def peers():
+    return program("peers")
 
 
 @pytest.fixture
@@ -101,3 +107,18 @@ def test_the_real_programs(peers, tmp_path, name, needs):
             assert program.sample("memory") > 1e7
             assert program.facts["bytes_per_token"] == Shape(SMALL, Coding("int4", "int8")).token_bytes
         assert program.facts["version"] and json.dumps(program.facts)
+
+
+def test_gptq(tmp_path, monkeypatch, capsys):
+    gptq = program("gptq")
+    monkeypatch.setattr(gptq, "moon", lambda blocks: Config(blocks, 256, 4, 512, 8, 64, 24))
+    model = write_official(tmp_path / "model", small_config(), random_state(small_config()))
+    talk = write(tmp_path / "talk.jsonl", small_talk())
+    (tmp_path / "dir").mkdir()
+    args = ["--model", model, "--calibration", talk, "--layers", 2, "--act-order", "--dir", tmp_path / "dir", "--json"]
+    monkeypatch.setattr(sys, "argv", ["gptq.py", *map(str, args)])
+    gptq.main()
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["seconds_a_block"]) == 2 and found["tokens"] > 100 and found["act_order"]
+    assert found["spilled_bytes"] == found["tokens"] * 4 * (3 * 256 + 512) and found["peak_memory_bytes"] > 1e7
+    assert list((tmp_path / "dir").iterdir()) == []
