@@ -17,6 +17,8 @@ from .quantise import nearest
 from .view import cast_to_quantise
 from .work import SEARCH, Work
 
+Squares = dict[str, dict[str, float]]  # official matrix -> what of its outputs -> the sum of its squares
+
 DAMPING = 0.01  # of a Hessian's mean diagonal, added to it; the paper's
 
 
@@ -120,7 +122,9 @@ def quantise_matrix(matrix: Matrix, bands: list[Band], inputs: Inputs, coding: C
     return Result(Solved(*map(np.concatenate, zip(*pieces))), order, errors)
 
 
-def _load(matrix: Matrix, bands, order, sample, coding: Coding, squares, work: Work) -> np.ndarray:
+def _load(
+    matrix: Matrix, bands: list[Band], order: np.ndarray, sample: np.ndarray, coding: Coding, squares: Squares, work: Work
+) -> np.ndarray:
     """The matrix's transpose (K, N), its inputs in this order. Meanwhile: its outputs, and their errors by round to nearest."""
     bits = BITS[coding.dtype]
 
@@ -140,7 +144,7 @@ def _load(matrix: Matrix, bands, order, sample, coding: Coding, squares, work: W
     return found
 
 
-def _measure_gptq(matrix: Matrix, lacks: np.ndarray, order: np.ndarray, sample: np.ndarray, squares) -> None:
+def _measure_gptq(matrix: Matrix, lacks: np.ndarray, order: np.ndarray, sample: np.ndarray, squares: Squares) -> None:
     for name, (rows, columns) in matrix.places.items():  # an order keeps each part's inputs where the part is
         squares[name]["gptq"] = _square(sample[:, order[columns]] @ lacks[columns, rows])
 

@@ -15,7 +15,9 @@ from moss_jt.dialogues import read_dialogues
 from moss_jt.tokenizer import load_tokenizer
 from moss_jt.weights.layout import Coding
 
+from .checkpoints import random_state, small_config, write_official
 from .conftest import ROOT
+from .dialogue_files import small_talk, write
 from .test_dialogues import TURN
 from .tokenizer_folders import official_folder
 
@@ -144,3 +146,18 @@ def test_the_golden_turns(golden_dialogues, golden, shared, tmp_path):
         assert dialogue.ids[:-1].tolist() == record["prompt_ids"] + record["greedy_ids"]
         assert dialogue.ids[dialogue.answers][-len(record["greedy_ids"]) :].tolist() == record["greedy_ids"]
     assert len(found) == len(records)
+
+
+def test_gptq(tmp_path, monkeypatch, capsys):
+    gptq = program("gptq")
+    monkeypatch.setattr(gptq, "moon", lambda blocks: Config(blocks, 256, 4, 512, 8, 64, 24))
+    model = write_official(tmp_path / "model", small_config(), random_state(small_config()))
+    talk = write(tmp_path / "talk.jsonl", small_talk())
+    (tmp_path / "dir").mkdir()
+    args = ["--model", model, "--calibration", talk, "--layers", 2, "--act-order", "--dir", tmp_path / "dir", "--json"]
+    monkeypatch.setattr(sys, "argv", ["gptq.py", *map(str, args)])
+    gptq.main()
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["seconds_a_block"]) == 2 and found["tokens"] > 100 and found["act_order"]
+    assert found["spilled_bytes"] == found["tokens"] * 4 * (3 * 256 + 512) and found["peak_memory_bytes"] > 1e7
+    assert list((tmp_path / "dir").iterdir()) == []
