@@ -174,7 +174,7 @@ import gc; gc.collect()
 mark("end")
 print(json.dumps({
     "logits": list(logits.shape), "one": [type(one).__name__, list(one.ids.shape)],
-    "batch": [len(b) for b in batch], "rows": list(rows.shape), "bytes": weights.nbytes, "freed": cudart.memory_info()[0] - used[0],
+    "batch": [len(b) for b in batch], "rows": list(rows.shape), "freed": cudart.memory_info()[0] - used[0],
 }))
 """
 
