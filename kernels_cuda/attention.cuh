@@ -44,8 +44,9 @@ struct Batch {
 template <class Entry, int E, int Q, int SIZE>
 void launch_few_of(const Call& c, const Batch& b) {
     const dim3 grid(b.runs ? b.runs : (b.count + Q - 1) / Q, (unsigned)c.heads.H, b.n);
-    MOSS_LAUNCH((attention_few<Entry, E, Q, SIZE>), grid, FEW_THREADS, few_shared(c.heads.S, Q) * sizeof(float), c.stream, c.qkv,
-                c.angles, c.cache, c.heads, b.parts, c.both, c.row, c.partials);
+    const int64_t shared = few_shared(c.heads.S, Q) * sizeof(float);
+    MOSS_LAUNCH((attention_few<Entry, E, Q, SIZE>), grid, FEW_THREADS, shared, c.stream, c.qkv, c.angles, c.cache, c.heads,
+                b.parts, c.both, c.row, c.partials);
 }
 template <class Entry, int E, int SIZE>
 void launch_few_for(const Call& c, const Batch& b) {
@@ -58,22 +59,23 @@ void launch_few(const Call& c, const Batch& b) {
     if (c.heads.S == 256) launch_few_for<Entry, 8, 256>(c, b);  // MOSS's heads
     else if (c.heads.S % 8 == 0) launch_few_for<Entry, 8, 0>(c, b);
     else launch_few_for<Entry, 1, 0>(c, b);
+    const dim3 join((unsigned)c.heads.H, b.count, b.n);
     if (b.runs > 1)
-        MOSS_LAUNCH(attention_join, dim3((unsigned)c.heads.H, b.count, b.n), FEW_THREADS, MOST_RUNS * sizeof(float), c.stream, c.heads,
-                    b.parts, c.both, c.row, (const float*)c.partials);
+        MOSS_LAUNCH(attention_join, join, FEW_THREADS, MOST_RUNS * sizeof(float), c.stream, c.heads, b.parts, c.both, c.row,
+                    (const float*)c.partials);
 }
 
 template <class Entry, int S>
 void launch_many_of(const Call& c, const Batch& b) {
     const dim3 grid((b.count + MANY_QUERIES - 1) / MANY_QUERIES, (unsigned)c.heads.H, b.n);
-    MOSS_LAUNCH((attention_many<Entry, S>), grid, MANY_THREADS, many_shared(S), c.stream, c.qkv, c.angles, c.cache, c.heads, b.parts,
-                c.both, c.row);
+    MOSS_LAUNCH((attention_many<Entry, S>), grid, MANY_THREADS, many_shared(S), c.stream, c.qkv, c.angles, c.cache, c.heads,
+                b.parts, c.both, c.row);
 }
 template <class Entry, int E>
 void launch_append(const Call& c, const Batch& b) {
-    const int sides = MANY_THREADS / 32;
-    MOSS_LAUNCH((append_many<Entry, E>), dim3(b.count, (unsigned)(2 * c.heads.H + sides - 1) / sides, b.n), MANY_THREADS, 0, c.stream,
-                c.qkv, c.angles, c.cache, c.heads, b.parts);
+    const int sides = MANY_THREADS / 32;  // a warp each
+    const dim3 grid(b.count, (unsigned)(2 * c.heads.H + sides - 1) / sides, b.n);
+    MOSS_LAUNCH((append_many<Entry, E>), grid, MANY_THREADS, 0, c.stream, c.qkv, c.angles, c.cache, c.heads, b.parts);
 }
 template <class Entry>
 void launch_many(const Call& c, const Batch& b) {
@@ -112,8 +114,9 @@ inline int64_t attention_workspace(const Heads& heads, int64_t T, int64_t n) {
 
 // sequences: in the host's memory, needed no longer when this returns; I: the columns of `both` beyond D.
 // Heads have at most 128 entries, or a multiple of 8 and at most 1024; std::invalid_argument otherwise.
-inline void launch_attention(const half* qkv, const float* angles, const Cache& cache, const Heads& heads, const Sequence* sequences,
-                             int64_t n, half* both, int64_t I, void* workspace, cudaStream_t stream) {
+inline void launch_attention(const half* qkv, const float* angles, const Cache& cache, const Heads& heads,
+                             const Sequence* sequences, int64_t n, half* both, int64_t I, void* workspace,
+                             cudaStream_t stream) {
     if (heads.S > (heads.S % 8 ? 1 : 8) * attention::FEW_THREADS) throw std::invalid_argument("attention: heads are too large");
     const attention::Call call{qkv, {angles, heads.C}, cache, heads, both, heads.D() + I, (float*)workspace, stream};
     if (cache.bits == 8) attention::launch_all<int8_t>(call, sequences, n);

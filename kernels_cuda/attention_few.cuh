@@ -1,14 +1,16 @@
-// Attention of up to 8 new tokens a sequence: decode, and drafts. The cache is read once, whatever the tokens, in pieces: a block
-// takes one head of one sequence and a run of its positions, so that even one sequence fills the device. It leaves the largest
-// score, the sum of weights and the weighted values of its run, which a second kernel puts together in the order of positions.
+// Attention of up to 8 new tokens a sequence: decode, and drafts. The cache is read once, whatever the tokens, in
+// pieces: a block takes one head of one sequence and a run of its positions, so that even one sequence fills the
+// device. It leaves the largest score, the sum of weights and the weighted values of its run, which a second kernel
+// puts together in the order of positions.
 //
-// It must move 2 S (start + count) entries a head, and writes 4 (S + 2) bytes for each run and token: 3 % of what a run of 64 reads.
+// It must move 2 S (start + count) entries a head, and writes 4 (S + 2) bytes for each run and token: 2 % of what a run
+// of 64 reads of a cache in halves.
 //
-// New tokens belong to the block in whose run they are. It alone appends them, and after a barrier reads them back like any
-// others: the values are those the cache holds, and no block waits for another.
+// New tokens belong to the block in whose run they are. It alone appends them, and after a barrier reads them back like
+// any others: the values are those the cache holds, and no block waits for another.
 //
-// Without runs the same kernel goes over all positions, for 8 tokens after 8: where there are many tokens and no tensor cores
-// that fit. Then all are appended beforehand.
+// Without runs the same kernel goes over all positions, for 8 tokens after 8: where there are many tokens and no tensor
+// cores that fit. Then all are appended beforehand.
 #pragma once
 #include "cache.cuh"
 
@@ -37,8 +39,8 @@ __host__ __device__ inline int run_length(int n) {
 }
 __host__ __device__ inline int runs_of(int n) { return (n + run_length(n) - 1) / run_length(n); }
 
-// CacheRows of S floats for threads that take E entries each: four entries of one piece, then those of the next, so that neighbouring
-// threads read and write neighbouring fours.
+// Rows of S floats for threads that take a piece of E entries each: four entries of one piece, then those of the next, so that
+// neighbouring threads read and write neighbouring fours.
 template <int E>
 __device__ inline int spread(int piece, int e, int S) {
     return E == 1 ? piece : ((e / 4) * (S / E) + piece) * 4 + e % 4;
@@ -57,7 +59,8 @@ __device__ inline void read(const float* from, float* to, int step) {
 // Scores of RUN_KEYS positions from k0 on for Q queries, [RUN_KEYS][Q]. Eight lanes share a key, and each takes several keys at
 // once, which share what is read of the queries. Positions from `end` on, and after a query's own, get LOWEST.
 template <class Entry, int E, int Q>
-__device__ inline void few_scores(const CacheRows<Entry>& keys, const float* queries, int S, int k0, int end, int at, float* scores) {
+__device__ inline void few_scores(const CacheRows<Entry>& keys, const float* queries, int S, int k0, int end, int at,
+                                  float* scores) {
     const int NEAR = Q > 4 ? 2 : 4, GROUPS = FEW_THREADS / 8;  // as many keys as registers allow
     const int lane = threadIdx.x % 8;
     for (int key = threadIdx.x / 8; key < RUN_KEYS; key += NEAR * GROUPS) {
@@ -141,7 +144,8 @@ struct FewValues {
     float sum[Q][E];
     int piece, group, groups;
 
-    __device__ FewValues(int S) : sum{}, piece(threadIdx.x % (S / E)), group(threadIdx.x / (S / E)), groups(FEW_THREADS / (S / E)) {}
+    __device__ FewValues(int S)
+        : sum{}, piece(threadIdx.x % (S / E)), group(threadIdx.x / (S / E)), groups(FEW_THREADS / (S / E)) {}
 
     __device__ void add(const CacheRows<Entry>& values, const float* weights, const float* keep, int S, int k0, int end) {
         const int NEAR = 4;
@@ -189,10 +193,12 @@ struct FewValues {
 // Shared floats of a block: rows [Q][S] of queries, then of sums; scores [RUN_KEYS][Q]; three for each query.
 __host__ __device__ inline int64_t few_shared(int64_t S, int Q) { return Q * (S + RUN_KEYS + 3); }
 
-// Grid (most runs, H, parts); without runs (most groups of Q tokens, H, parts). SIZE: of a head, or 0 where only `heads` says it.
+// Grid (most runs, H, parts); without runs (most groups of Q tokens, H, parts). SIZE: of a head, or 0 where only
+// `heads` says it.
 template <class Entry, int E, int Q, int SIZE>
 __global__ void __launch_bounds__(FEW_THREADS, Q == 1 ? 6 : 3)
-    attention_few(const half* qkv, Angles angles, Cache cache, Heads heads, Parts parts, half* both, int64_t row, float* partials) {
+    attention_few(const half* qkv, Angles angles, Cache cache, Heads heads, Parts parts, half* both, int64_t row,
+                  float* partials) {
     MOSS_DYNAMIC_SHARED(float, rows);
     const Part part = parts.part[blockIdx.z];
     Sequence s = part.sequence;
@@ -257,7 +263,8 @@ __global__ void __launch_bounds__(FEW_THREADS, Q == 1 ? 6 : 3)
 }
 
 // Grid (H, most tokens, parts): what the runs left, put together.
-__global__ void __launch_bounds__(FEW_THREADS) attention_join(Heads heads, Parts parts, half* both, int64_t row, const float* partials) {
+__global__ void __launch_bounds__(FEW_THREADS)
+    attention_join(Heads heads, Parts parts, half* both, int64_t row, const float* partials) {
     MOSS_DYNAMIC_SHARED(float, weight);  // MOST_RUNS
     const Part part = parts.part[blockIdx.z];
     const int q = blockIdx.y, head = blockIdx.x, S = (int)heads.S;

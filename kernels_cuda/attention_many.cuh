@@ -1,14 +1,14 @@
-// Attention of many new tokens: prompts. A block takes 64 tokens and one head, and goes over the positions in tiles of 32 with a
-// running softmax; both products are the tensor cores' (sm_75 and up), with queries, keys, weights and values in half, sums in
-// fp32. The tokens' own keys and values are appended by a kernel before.
+// Attention of many new tokens: prompts. A block takes 64 tokens and one head, and goes over the positions in tiles of
+// 32 with a running softmax; both products are the tensor cores' (sm_75 and up), with queries, keys, weights and values
+// in half, sums in fp32. The tokens' own keys and values are appended by a kernel before.
 //
-// For T tokens after `start`, a head's cache is read T / 64 times, mostly from the L2 cache: 4 S (start + T) bytes each time. There
-// are 4 S (start + T / 2) T operations a head; beside a block's products (24 H S of them a token and head) that is little until
-// start + T / 2 comes near 6 H S.
+// For T tokens after `start`, a head's cache is read T / 64 times, mostly from the L2 cache: 4 S (start + T) bytes each
+// time. There are 4 S (start + T / 2) operations a token and head; beside a block's products, 24 D S of them, that is
+// little until start + T / 2 comes near 6 D.
 //
-// Tiles lie in shared memory in rows of S halves, whose 16-byte chunks change places with the row's number, so that eight rows'
-// equal chunks are in different banks. While scores are computed the values' tile is on its way, and the next keys' tile while
-// they are used: 64 KB for S = 256, which all these devices have.
+// Tiles lie in shared memory in rows of S halves, whose 16-byte chunks change places with the row's number, so that
+// eight rows' equal chunks are in different banks. While scores are computed the values' tile is on its way, and the
+// next keys' tile while they are used: 64 KB for S = 256, which all these devices have.
 #pragma once
 #include "attention_few.cuh"
 
@@ -21,7 +21,8 @@ inline int64_t many_shared(int64_t S) { return (MANY_QUERIES + 2 * MANY_KEYS) * 
 
 // Grid (most tokens, H / 2, parts): a warp for keys or values of one head.
 template <class Entry, int E>
-__global__ void __launch_bounds__(MANY_THREADS) append_many(const half* qkv, Angles angles, Cache cache, Heads heads, Parts parts) {
+__global__ void __launch_bounds__(MANY_THREADS)
+    append_many(const half* qkv, Angles angles, Cache cache, Heads heads, Parts parts) {
     const Sequence s = parts.part[blockIdx.z].sequence;
     const int side = blockIdx.y * (MANY_THREADS / 32) + threadIdx.x / 32, head = side / 2;
     if ((int)blockIdx.x >= s.count || head >= heads.H) return;
@@ -133,8 +134,9 @@ struct ManyQueries {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int n = 0; n < MANY_KEYS / 8; n += 2) {
-            const uint32_t a[4] = {half_pair(weight[n][0], weight[n][1]), half_pair(weight[n][2], weight[n][3]),
-                                   half_pair(weight[n + 1][0], weight[n + 1][1]), half_pair(weight[n + 1][2], weight[n + 1][3])};
+            const float *first = weight[n], *second = weight[n + 1];
+            const uint32_t a[4] = {half_pair(first[0], first[1]), half_pair(first[2], first[3]),
+                                   half_pair(second[0], second[1]), half_pair(second[2], second[3])};
 #pragma unroll
             for (int j = 0; j < S / 8; j += 2) {
                 uint32_t b[4];
@@ -166,12 +168,12 @@ struct ManyQueries {
 
 // Queries of the block's tokens, after rotary; rows beyond them are 0.
 template <int S>
-__device__ inline void load_queries(const half* from, const Angles& angles, int64_t D, int rotary, int at, int count, half* tile) {
+__device__ inline void load_queries(const half* from, const Angles& angles, const Heads& heads, int at, int count, half* tile) {
 #pragma unroll 4
     for (int i = threadIdx.x; i < MANY_QUERIES * S / 8; i += MANY_THREADS) {
         const int q = i / (S / 8), chunk = i % (S / 8);
         float x[8] = {};
-        if (q < count) angles.turn<8>(from + q * 3 * D, chunk * 8, rotary, at + q, x);
+        if (q < count) angles.turn<8>(from + q * 3 * heads.D(), chunk * 8, (int)heads.rotary, at + q, x);
         CachePiece<half, 8>::store(x, chunk_of<S>(tile, q, chunk));
     }
 }
@@ -192,7 +194,7 @@ __global__ void __launch_bounds__(MANY_THREADS)
 
     load_tile<S>(keys, 0, end, k);
     cp_async_commit();
-    load_queries<S>(qkv + (s.first + skip) * 3 * heads.D() + head * S, angles, heads.D(), (int)heads.rotary, at, count, queries);
+    load_queries<S>(qkv + (s.first + skip) * 3 * heads.D() + head * S, angles, heads, at, count, queries);
     ManyQueries<S> mine;
     for (int k0 = 0; k0 < end; k0 += MANY_KEYS) {
         float score[MANY_KEYS / 8][4];

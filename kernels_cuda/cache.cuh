@@ -13,7 +13,8 @@ struct Cache {
     float *key_scale, *value_scale;  // of 8 bits, else null
 };
 
-// CacheRows at places of the cache: new tokens are rows first ... first + count - 1 of what goes in, at positions start ... of it.
+// Which of the B the tokens of a sequence are in, and how many it has there; rows first ... first + count - 1 of what
+// goes in are its new ones.
 struct Sequence {
     int32_t place, start, first, count;
 };
@@ -25,7 +26,8 @@ struct CacheRows {
     float* scales;
 
     __device__ CacheRows(void* all, float* scales, const Heads& heads, int place, int head)
-        : entries((Entry*)all + (place * heads.H + head) * heads.C * heads.S), scales(scales ? scales + (place * heads.H + head) * heads.C : nullptr) {}
+        : entries((Entry*)all + (place * heads.H + head) * heads.C * heads.S),
+          scales(scales ? scales + (place * heads.H + head) * heads.C : nullptr) {}
     __device__ float scale(int at) const;
 };
 template <>
@@ -41,7 +43,7 @@ __device__ inline void widen8(const uint2& raw, float* to) {
         to[i] = __uint_as_float(0x4b000000u | (words[i / 4] >> (i % 4 * 8) & 0xff)) - 8388736.f;
 }
 
-// E entries, loaded and stored at once. Loads do not go through the read-only cache: the block may have written the entries itself.
+// E entries, loaded and stored at once. Loads do not go through the read-only cache: the block may have written them itself.
 template <class Entry, int E>
 struct CachePiece;
 template <>
@@ -70,7 +72,8 @@ struct CachePiece<half, 1> {
 struct RowScale {
     float scale, by;
     __device__ explicit RowScale(float most) : scale(0), by(0) {
-        if (most >= 1e-35f) scale = __fdiv_rn(most, 127.f), by = __fdiv_rn(127.f, most);  // below, the inverse would be no float
+        if (most < 1e-35f) return;  // its inverse would be no float
+        scale = __fdiv_rn(most, 127.f), by = __fdiv_rn(127.f, most);
     }
 };
 
@@ -98,7 +101,8 @@ struct CachePiece<int8_t, 1> {
 template <int E>
 __device__ inline float new_scale(const half*, const Angles&, int, int, const CacheRows<half>&, int) { return 1; }
 template <int E>
-__device__ inline float new_scale(const half* from, const Angles& angles, int S, int rotary, const CacheRows<int8_t>& to, int at) {
+__device__ inline float new_scale(const half* from, const Angles& angles, int S, int rotary, const CacheRows<int8_t>& to,
+                                  int at) {
     float most = 0, x[E];
     for (int e = threadIdx.x % 32 * E; e < S; e += 32 * E) {
         angles.turn<E>(from, e, rotary, at, x);
@@ -112,7 +116,8 @@ __device__ inline float new_scale(const half* from, const Angles& angles, int S,
 
 // A warp writes row `at` from a head of a token, whose first `rotary` entries turn (none of a value's).
 template <int E, class Entry>
-__device__ inline void append_row(const half* from, const Angles& angles, int S, int rotary, const CacheRows<Entry>& to, int at) {
+__device__ inline void append_row(const half* from, const Angles& angles, int S, int rotary, const CacheRows<Entry>& to,
+                                  int at) {
     const float by = new_scale<E>(from, angles, S, rotary, to, at);
     for (int e = threadIdx.x % 32 * E; e < S; e += 32 * E) {
         float x[E];

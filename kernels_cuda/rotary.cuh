@@ -25,8 +25,8 @@ struct Angles {
     const float* cos;
     int64_t C;
 
-    // Entries e ... e + E - 1 of the head at `head` for a token at position `at`, when its first `rotary` entries turn. E: 8, and then
-    // e is a multiple of it and the head's address one of 16; or 1.
+    // Entries e ... e + E - 1 of the head at `head` for a token at position `at`, when its first `rotary` entries turn. E: 8,
+    // and then e is a multiple of it and the head's address one of 16; or 1.
     template <int E>
     __device__ void turn(const half* head, int e, int rotary, int at, float* to) const;
 
