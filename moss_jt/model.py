@@ -49,6 +49,10 @@ class Model:
         self.sequence = self.cache().sequences[0]
 
     @property
+    def on_gpu(self) -> bool:
+        return isinstance(self.device, Cuda)
+
+    @property
     def streams(self) -> bool:
         """Whether a sweep brings weights from elsewhere, so that more tokens in it cost next to nothing."""
         return self.device.streams

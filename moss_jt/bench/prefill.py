@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import MossError
-from ..model import Model
+from ..model import Model, Request
 from ..weights import Weights
-from . import limits, page_cache
+from . import device_limits, limits, page_cache
+from .decode import GREEDY, open_model
 from .pairs import compared, in_turn, rate
 from .shape import Shape
 
@@ -30,10 +31,10 @@ class Prefill:
             raise MossError(f"a prompt of {self.prompt} tokens does not fit the model's context of {shape.config.n_ctx}")
         page_cache.check_room(shape, folder, self.kv_cache)
 
-    def run(self, weights: Weights, threads: int, repeat: int) -> dict:
+    def run(self, weights: Weights, threads: int, repeat: int, device: str = "cpu") -> dict:
         page_cache.fill(weights)
-        model = Model(weights, weights.config.n_ctx, kv_cache=self.kv_cache)
-        work, limit = Prompts(model, self.prompt), limits.multiply_add(threads)
+        model = open_model(weights, self.kv_cache, device)
+        work, limit = Prompts(model, self.prompt), device_limits.multiply() if model.on_gpu else limits.multiply_add(threads)
         tokens_s, arithmetic = in_turn(limit, work.tokens_s, repeat)
         shape = Shape.of(weights)
         token = shape.prompt_operations(self.prompt) / self.prompt
@@ -56,7 +57,7 @@ class Prompts:
 
     def evaluate(self) -> None:
         self.model.sequence.truncate(0)
-        self.model.logits(self.ids)
+        self.model.evaluate([Request(self.model.sequence, self.ids, 1, GREEDY)])
 
     def tokens_s(self) -> float:
         return rate(self.evaluate, len(self.ids), _SECONDS)

@@ -38,7 +38,6 @@ def _shared(samples: int) -> Callable[[Callable], Callable]:
         click.option("--dtype", type=_DTYPES, help="Of the random blocks.  [default: fp16]"),
         click.option("--head-dtype", type=_DTYPES, help="Of the random lm_head.  [default: fp16, int8 with int8 and int4]"),
         click.option("--dir", "parent", metavar="DIR", type=_FOLDER, help="Where they lie meanwhile.  [default: /tmp]"),
-        DEVICE,
         click.option("--threads", type=click.IntRange(1, 4096), help="How many compute.  [default: one a core]"),
         click.option("--repeat", type=click.IntRange(1), default=samples, show_default=True, help="How many samples."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with every sample."),
@@ -56,6 +55,7 @@ _batch = click.option("--batch", type=click.IntRange(1, 512), default=1, show_de
 
 
 @command.command("decode")
+@DEVICE
 @click.option("--context-used", type=click.IntRange(0), default=128, show_default=True, help="Tokens in the cache.")
 @_batch
 @KV_CACHE
@@ -68,6 +68,7 @@ def _decode(context_used: int, batch: int, kv_cache: str, **options: Any) -> Non
 
 
 @command.command("prefill")
+@DEVICE
 @click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="How many tokens it has.")
 @KV_CACHE
 @_shared(samples=5)
@@ -100,7 +101,8 @@ def _load(**options: Any) -> None:
     _measure(Load(), **options)
 
 
-def _measure(work: Any, as_json: bool, device: str, threads: int | None, repeat: int, **source: Any) -> None:
+def _measure(work: Any, as_json: bool, threads: int | None, repeat: int, device: str | None = None, **source: Any) -> None:
+    """device: where the work can be done on others than the CPU."""
     from .. import machine
     from ..bench.about import about
     from ..runtime import jittor
@@ -108,8 +110,9 @@ def _measure(work: Any, as_json: bool, device: str, threads: int | None, repeat:
     threads = threads or machine.cores().usable
     with _stopping_cleanly(), _weights(work, **source) as weights:
         found = {"bench": type(work).__name__.lower(), "model": str(source["model"] or "random"), **about(weights, threads)}
-        jittor(device, threads)
-        found.update(work.run(weights, threads, repeat))
+        jittor(device or "cpu", threads)
+        on = {"device": device} if device else {}
+        found.update(work.run(weights, threads, repeat, **on))
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))
     else:

@@ -14,7 +14,7 @@ from .gpu import Cuda
 from .host import Host
 from .sweep import Sweep
 
-__all__ = ["Cuda", "Host", "Sweep", "open_device"]
+__all__ = ["Cuda", "Host", "Sweep", "open_device", "wants_gpu"]
 
 
 def open_device(
@@ -25,8 +25,7 @@ def open_device(
     device: ``"auto"``, ``"cpu"`` or ``"cuda"``. With auto, a line on stderr says why a GPU that is there is not used. Raises
     MossError, before anything is compiled where that can be known, for what is at fault.
     """
-    gpu = device == "cuda" or (device == "auto" and bool(cuda.driver().devices))
-    plan = None if gpu else plan_for(weights, context, ram, kv_cache)
+    plan = None if wants_gpu(device) else plan_for(weights, context, ram, kv_cache)
     if jittor(device).has_cuda and device != "cpu":
         try:
             return Cuda(weights, context, kv_cache)
@@ -35,3 +34,8 @@ def open_device(
                 raise MossError(f"device cuda: {e}") from None
             print(f"moss-jt: using the CPU: {e}", file=sys.stderr)
     return Host(weights, context, plan or plan_for(weights, context, ram, kv_cache), kv_cache)
+
+
+def wants_gpu(device: str) -> bool:
+    """Whether ``auto``, ``cpu`` or ``cuda`` stands for a GPU here, usable or not."""
+    return device == "cuda" or (device == "auto" and bool(cuda.driver().devices))

@@ -80,9 +80,9 @@ def test_a_device_that_is_not_there(run, monkeypatch):
     monkeypatch.setattr(cuda, "toolkits", lambda: iter(()))
     for name in [name for name in sys.modules if name.split(".")[0] == "jittor"]:
         monkeypatch.delitem(sys.modules, name)
-    code, out, err = run("load", "--random", 1, "--device", "cuda")
+    code, out, err = run("decode", "--random", 1, "--device", "cuda")
     assert (code, out) == (1, "") and err.splitlines()[-1].endswith("device cuda: no driver")
-    code, out, err = run("load", "--random", 1, "--device", "gpu")
+    code, out, err = run("decode", "--random", 1, "--device", "gpu")
     assert (code, out) == (2, "") and "'gpu' is not one of 'auto', 'cpu', 'cuda'" in err
 
 
@@ -123,9 +123,13 @@ class Chooser:
     def __init__(self):
         self.asked = []
 
-    def logits(self, ids, last):
+    sequence = None
+
+    def evaluate(self, requests):
+        ((_, ids, last, sampling),) = requests
+        assert sampling.greedy
         self.asked.append((ids.tolist(), last))
-        return np.eye(last, 100, 7 + len(self.asked) - last)
+        return [list(np.eye(last, 100, 7 + len(self.asked) - last))]
 
 
 def test_a_sweep_evaluates_the_token_chosen_before():
@@ -141,7 +145,7 @@ def test_a_sweep_evaluates_no_more_than_its_batch(model):
     work = decode.Sweeps(Model(open_weights(model), 64), used=10, batch=3)
     work.sweep()
     assert work.model.sequence.length == 13 and work.model.sequence.reusable(work.ids, 3) == 10
-    assert work.logits.shape == (3, 3000)
+    assert [row.shape for row in work.logits] == [(3000,)] * 3
 
 
 def test_prefill(as_json, model):
