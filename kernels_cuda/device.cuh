@@ -55,13 +55,18 @@ struct Device {
     int arch, multiprocessors;
 };
 
-inline Device device() {
+inline Device ask_device() {
     int number, major, minor, multiprocessors;
     check(cudaGetDevice(&number), "cudaGetDevice");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number), "compute capability");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, number), "compute capability");
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, number), "multiprocessors");
     return {100 * major + 10 * minor, multiprocessors};
+}
+
+inline Device& device() {  // asked once: a launch needs it several times. A test may make it another one
+    static Device one = ask_device();
+    return one;
 }
 
 // 16 bytes of what no thread writes while the kernel runs. `once`: they will not be needed again, and leave the L1 cache to others.
