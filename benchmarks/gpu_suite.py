@@ -3,8 +3,9 @@
     python benchmarks/gpu_suite.py             # under nine minutes from an empty cache, on 16 cores
     python benchmarks/gpu_suite.py --quick     # the whole models' tests only, and two blocks in place of 34
 
-Installs nothing. Writes benchmarks/results/DATE-gpu.json, with every sample and what the machine is. Where PyTorch with CUDA and
-transformers are there, eager CodeGen of the same shape is measured, too. With --sanitize, compute-sanitizer watches the kernels' tests.
+Installs nothing. Writes benchmarks/results/DATE-gpu.json, with every sample and what the machine is. Where PyTorch with CUDA
+and transformers are there, eager CodeGen of the same shape is measured, too. With --sanitize, compute-sanitizer watches the
+kernels' tests.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moss_jt import MossError, cuda, cudart, machine, runtime
-from moss_jt.bench import Decode, Prefill, Shape, device_limits, moon, random_checkpoint
+from moss_jt.bench import Decode, Prefill, Shape, moon, random_checkpoint
 from moss_jt.bench.about import machine_facts, now
 from moss_jt.weights import open_weights
 from moss_jt.weights.layout import Coding
@@ -179,7 +180,7 @@ def peer(layers: int) -> dict:
 
 def draw(found: dict) -> None:
     gpu = found["gpu"]
-    title = f"{gpu['name']} ({gpu['capability']}), driver {gpu['driver']}, CUDA {gpu['toolkit']}: {found['layers']} blocks, resident"
+    title = f"{gpu['name']} ({gpu['capability']}), driver {gpu['driver']}, CUDA {gpu['toolkit']}: {found['layers']} blocks"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for column in ("", "tokens/s", "limit", "share", "wanted"):
         table.add_column(column, justify="left" if not column else "right")
