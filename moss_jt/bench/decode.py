@@ -11,8 +11,8 @@ from statistics import median
 import numpy as np
 
 from ..config import Config
-from ..errors import MossError
 from ..devices import open_device, wants_gpu
+from ..errors import MossError
 from ..model import Model, Request
 from ..sampling import Sampler, Sampling
 from ..weights import Weights, open_weights
