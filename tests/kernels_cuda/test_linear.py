@@ -1,16 +1,12 @@
-"""linear.cuh's products against float64, on the emulated device: with and without tensor cores, with asynchronous copies and without."""
+"""linear.cuh's products against float64, on the emulated device."""
 
 from __future__ import annotations
-
-import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
 
 from .. import dequantise, reference
-from ..emulation.build import KERNELS, build, inout, unwritten
+from ..emulation.build import build, inout, unwritten
 
 WRAPPERS = """
 #include "linear.cuh"
@@ -41,18 +37,17 @@ void head(const float* x, const float* norm_weight, const float* norm_bias, int 
 }
 """
 
-ARCHS = {"no tensor cores": 700, "m16n8k8": 750, "cp.async": 800}
 GROUPS = pytest.mark.parametrize("bits, group", [(16, 0), (8, 128), (4, 128), (8, 72), (4, 40), (4, 8)])
-
-
-@pytest.fixture(scope="module", params=list(ARCHS))
-def every(request):
-    return build(WRAPPERS, ARCHS[request.param])
 
 
 @pytest.fixture(scope="module")
 def kernels():
     return build(WRAPPERS)
+
+
+@pytest.fixture(scope="module", params=[700, 750], ids=["no tensor cores", "m16n8k8"])
+def older(request):
+    return build(WRAPPERS, request.param)
 
 
 class Weights:
@@ -119,13 +114,23 @@ SHAPES = [
 ]
 
 
-@GROUPS
-@pytest.mark.parametrize("T, V, D, multiprocessors", SHAPES)
-def test_head(every, rng, bits, group, T, V, D, multiprocessors):
+def check_head(kernels, rng, bits, group, T, V, D, multiprocessors):
     states, h = normed(rng, T, D)
     w, bias, y = Weights(rng, bits, group, V, D), rng.standard_normal(V).astype(np.float32), unwritten((T, V), np.float32)
-    every.head(*states, *w.arguments, bias, y, T, D, V, w.workspace(every, T, multiprocessors))
+    kernels.head(*states, *w.arguments, bias, y, T, D, V, w.workspace(kernels, T, multiprocessors))
     close(y.array, h, w.exact, bias, 3e-4)  # near the middle of two halves, the kernel's input may be the other one
+
+
+@GROUPS
+@pytest.mark.parametrize("T, V, D, multiprocessors", SHAPES)
+def test_head(kernels, rng, bits, group, T, V, D, multiprocessors):
+    check_head(kernels, rng, bits, group, T, V, D, multiprocessors)
+
+
+@pytest.mark.parametrize("bits, group", [(16, 0), (8, 72), (4, 128)])
+@pytest.mark.parametrize("T, V, D, multiprocessors", [SHAPES[i] for i in (0, 3, 4, 7)])
+def test_head_on_older_cards(older, rng, bits, group, T, V, D, multiprocessors):
+    check_head(older, rng, bits, group, T, V, D, multiprocessors)
 
 
 @GROUPS
@@ -135,16 +140,22 @@ def test_linear_in(kernels, rng, bits, group, orders, T, D, I, multiprocessors):
     states, h = normed(rng, T, D)
     w = Weights(rng, bits, group, 3 * D + I, D, (3 * D, I) if orders and bits < 16 else ())
     bias = rng.standard_normal(I).astype(np.float32)
-    qkv, both = unwritten((T, 3 * D), np.float16), inout(np.full((T, D + I), 7, np.float16), np.arange(D + I) < np.full((T, 1), D))
+    qkv, both = (
+        unwritten((T, 3 * D), np.float16),
+        inout(np.full((T, D + I), 7, np.float16), np.arange(D + I) < np.full((T, 1), D)),
+    )
     kernels.linear_in(*states, *w.arguments, bias, qkv, both, T, D, I, w.workspace(kernels, T, multiprocessors))
-    close(qkv.array, h, w.exact[: 3 * D], 0, 5e-4)
-    close(both.array[:, D:], h, w.exact[3 * D :], bias, 5e-4, reference.gelu_new)
+    close(qkv.array, h, w.exact[: 3 * D], 0, 1e-3)
+    close(both.array[:, D:], h, w.exact[3 * D :], bias, 1e-3, reference.gelu_new)
     assert (both.array[:, :D] == 7).all()
 
 
 @GROUPS
 @pytest.mark.parametrize("orders", [0, 1])
-@pytest.mark.parametrize("T, D, I, multiprocessors", [(1, 16, 48, 1), (2, 40, 1500, 50), (8, 72, 285, 2), (30, 24, 2201, 80), (40, 8, 1300, 9), (100, 136, 99, 1)])
+@pytest.mark.parametrize(
+    "T, D, I, multiprocessors",
+    [(1, 16, 48, 1), (2, 40, 1500, 50), (8, 72, 285, 2), (30, 24, 2201, 80), (40, 8, 1300, 9), (100, 136, 99, 1)],
+)
 def test_linear_out(kernels, rng, bits, group, orders, T, D, I, multiprocessors):
     both, x = rng.standard_normal((T, D + I)).astype(np.float16), rng.standard_normal((T, D)).astype(np.float32)
     w = Weights(rng, bits, group, D, D + I, (D,) if orders and bits < 16 else ())
