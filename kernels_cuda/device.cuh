@@ -133,7 +133,8 @@ MOSS_LDMATRIX_2(ldmatrix_x2_trans, ".trans")
 #undef MOSS_LDMATRIX_2
 
 // c += a b: 16 x 8 floats, 16 x 8 and 8 x 8 halves. Lane i has, with g = i / 4 and t = 2 (i % 4):
-// a[0] of row g, a[1] of row g + 8, the halves t and t + 1; b[0] of column g, the rows t and t + 1; c of rows g, g, g + 8, g + 8, columns t, t + 1, t, t + 1.
+// a[0] of row g, a[1] of row g + 8, the halves t and t + 1; b[0] of column g, the rows t and t + 1; c of rows g, g, g + 8, g + 8, columns
+// t, t + 1, t, t + 1.
 __device__ __forceinline__ void mma_1688(float c[4], const uint32_t a[2], const uint32_t b[1]) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -1,4 +1,4 @@
-"""Compiles kernels of kernels_cuda/ for the emulated device, and calls them with numpy arrays.
+"""Compiles kernels of kernels_cuda/ for the emulated device, and calls them with numpy arrays (docs/cuda.md).
 
 A kernel's test has a file of wrappers, C functions that call its launchers::
 
@@ -9,7 +9,7 @@ A kernel's test has a file of wrappers, C functions that call its launchers::
 
 and calls them by name. The arguments are what the C function declares::
 
-    kernels = build(Path("norm.cu").read_text())          # or arch=750: what __CUDA_ARCH__ is, 800 unless said
+    kernels = build(WRAPPERS)                              # or arch=750: what __CUDA_ARCH__ is, 800 unless said
     y = unwritten((T, D), np.float16)                      # an output: reading it before it is written is an error
     kernels.layer_norm(x, weight, bias, 1e-5, y, T, D)     # KernelError: what is wrong, which block and thread, which line
     y.array
@@ -38,7 +38,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "kernels_cuda"
 
-# -O2 with GCC's sanitizers as eyes only: memory.cc answers their calls, the libraries are not linked. They do not see what the
+# -O2 with GCC's sanitizers as eyes only: hooks.cc answers their calls, the libraries are not linked. They do not see what the
 # compiler makes of a memcpy.
 SANITIZERS = ["-fsanitize=thread", "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"]
 SANITIZERS += [f"-fno-builtin-{name}" for name in ("memcpy", "memmove", "memset")]
@@ -71,6 +71,7 @@ FUNCTION = r"^(void|int64_t) (\w+)\(([^)]*)\)"
 NUMBERS = {
     "int": ctypes.c_int32,
     "int32_t": ctypes.c_int32,
+    "uint32_t": ctypes.c_uint32,
     "int64_t": ctypes.c_int64,
     "float": ctypes.c_float,
     "bool": ctypes.c_bool,
@@ -116,7 +117,7 @@ def build(wrappers: str, arch: int = 800) -> Kernels:
         run("objcopy", *renamed, str(unlinked))
         run(*GCC, "-shared", str(unlinked), *map(str, runtime), "-o", str(into))
 
-    runtime = [_runtime(name) for name in ("fibers", "memory", "warps")]
+    runtime = [_runtime(name) for name in ("fibers", "hooks", "memory", "order", "warps")]
     return Kernels(_kept(".so", [*KERNELS.glob("*.cuh"), *HERE.glob("*.h"), *runtime], compile, wrappers, arch), wrappers, arch)
 
 

@@ -79,7 +79,10 @@ inline int __dp4a(int a, int b, int c) {
 // ---- memory ------------------------------------------------------------------------------------------------------------------
 
 template <typename T>
-T __ldg(const T* p) { return *p; }
+T __ldg(const T* p) {
+    moss_emulation::reads_unchanging(p, sizeof(T));
+    return *p;
+}
 template <typename T>
 T __ldcs(const T* p) { return *p; }
 template <typename T>
@@ -223,6 +226,18 @@ void launch_kernel(const char* name, void (*kernel)(P...), dim3 grid, dim3 block
 #define MOSS_DYNAMIC_SHARED(T, name) T* const name = (T*)::moss_emulation::dynamic_shared(alignof(T))
 #define MOSS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     ((void)(cudaStream_t)(stream), ::moss_emulation::launch_kernel(#kernel, kernel, grid, block, shared_bytes, __VA_ARGS__))
+
+namespace moss_cuda {
+
+struct Device {
+    int arch, multiprocessors;
+};
+inline Device& device() {  // a test may make it another one
+    static Device one = {__CUDA_ARCH__, 4};
+    return one;
+}
+
+}  // namespace moss_cuda
 
 // ---- device.cuh's instructions -----------------------------------------------------------------------------------------------
 

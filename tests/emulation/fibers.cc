@@ -102,11 +102,12 @@ void host_fails(const char* format, ...) {
     va_end(arguments);
 }
 
-// The threads that are not where they should be, in groups: "32 threads, the first (0, 0, 0), wait at …".
+// The threads that do not run, in groups: "32 of its threads, the first (0, 0, 0): waits at …".
 static std::string whereabouts() {
     std::vector<std::pair<std::string, std::vector<Thread*>>> groups;
     for (unsigned i = 0; i < block.threads; i++) {
         Thread& t = threads[i];
+        if (t.waits == Waits::no) continue;
         std::string where = t.waits == Waits::done ? "returned" : "waits at " + std::string(t.what) + " (" + file_name(t.site) + ")";
         auto group = std::find_if(groups.begin(), groups.end(), [&](const auto& g) { return g.first == where; });
         if (group == groups.end()) group = groups.insert(group, {where, {}});
@@ -192,6 +193,7 @@ static void wake_all_at_barrier() {
         block.seen[i] = threads[i].clock++;
         wake(&threads[i]);
     }
+    share_publications();
 }
 
 // ---- warps -------------------------------------------------------------------------------------------------------------------
@@ -260,6 +262,7 @@ static void start_thread(unsigned i) {
     t.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
     t.clock = 1;
     t.copies.assign(1, {});
+    t.met.clear();
     void** top = (void**)(stacks + (i + 1) * STACK) - 1;
     *top = nullptr;  // as if thread_runs had been called from nowhere
     *--top = (void*)thread_runs;
@@ -274,6 +277,8 @@ static void run_block(const uint3& index) {
     block.alive = block.threads;
     block.at_barrier = 0;
     block.seen.assign(block.threads, 0);
+    block.fenced.assign(block.threads, 0);
+    block.known.clear();
     block.warps.resize((block.threads + 31) / 32);
     for (Warp& w : block.warps) {
         w.exited = 0;
@@ -309,6 +314,7 @@ void launch(const char* name, dim3 grid, dim3 size, size_t shared, Call what) {
     uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;
     if (block.serial + blocks >= MOST_SERIALS) forget_accesses();
     launched.first_serial = block.serial + 1;
+    forget_publications();
     block.threads = size.x * size.y * size.z;
     std::vector<uint32_t> order(blocks);
     for (uint64_t i = 0; i < blocks; i++) {

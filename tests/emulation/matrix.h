@@ -3,16 +3,8 @@
 
 namespace moss_cuda {
 
-struct Device {
-    int arch, multiprocessors;
-};
-inline Device& device() {  // a test may make it another one
-    static Device one = {__CUDA_ARCH__, 4};
-    return one;
-}
-
-inline uint4 load16(const void* p) { return *(const uint4*)p; }
-inline uint4 load16_once(const void* p) { return *(const uint4*)p; }
+inline uint4 load16(const void* p) { return __ldg((const uint4*)p); }
+inline uint4 load16_once(const void* p) { return __ldg((const uint4*)p); }
 
 #if __CUDA_ARCH__ >= 800
 inline void cp_async16(void* shared, const void* global, int bytes = 16) {
@@ -53,7 +45,9 @@ void ldmatrix(uint32_t* r, const void* row) {
         if ((size_t)row % 16) fail("ldmatrix: a row starts at an address that is no multiple of 16");
         std::memcpy(rows.row, row, 16);
     }
-    collective(MATRICES == 4 ? TRANSPOSED ? "ldmatrix.x4.trans" : "ldmatrix.x4" : TRANSPOSED ? "ldmatrix.x2.trans" : "ldmatrix.x2", ~0u, &rows, complete_ldmatrix<MATRICES, TRANSPOSED>, "");
+    const char* four = TRANSPOSED ? "ldmatrix.x4.trans" : "ldmatrix.x4";
+    const char* two = TRANSPOSED ? "ldmatrix.x2.trans" : "ldmatrix.x2";
+    collective(MATRICES == 4 ? four : two, ~0u, &rows, complete_ldmatrix<MATRICES, TRANSPOSED>, "");
 }
 
 template <int K>

@@ -1,5 +1,4 @@
 // The device's memory and what is known of each of its bytes: may it be read or written, was it, and by whom last.
-// The compiler calls __tsan_… before each load and store of a kernel (-fsanitize=thread, without its library).
 #include <link.h>
 #include <sys/mman.h>
 
@@ -36,7 +35,7 @@ struct Allocation {
     size_t bytes, element;
 };
 
-static constexpr size_t MEMORY = 256 << 20, GLOBAL = 1 << 20, GUARD = 64 << 10;
+static constexpr size_t MEMORY = 128 << 20, GLOBAL = 1 << 20, GUARD = 64 << 10;
 static Region device;                 // dynamic shared memory at GUARD, and from GLOBAL on what is allocated
 static Region fixed;                  // __shared__ variables, which are this library's thread-local ones
 static char *image, *image_end;       // this library: its constants may be read
@@ -127,7 +126,7 @@ static std::string code(const void* p) {
     return buffer;
 }
 
-static std::string described(const void* p) {
+std::string described(const void* p) {
     const char* address = (const char*)p;
     if (!p) return "what a null pointer leads to";
     if (is_dynamic(p)) return "byte " + std::to_string(address - dynamic()) + " of dynamic shared memory";
@@ -145,17 +144,14 @@ static std::string described(const void* p) {
     return buffer;
 }
 
-enum Kind { READ, WRITE, UPDATE };
 static const char* const VERBS[] = {"reads", "writes", "updates"};
 
-static const void* places[MOST_PLACES];
+static const void* places[MOST_PLACES];  // of the code, by a hash of them: there are far fewer than have room
 
 static unsigned place_number(const void* pc) {
     unsigned i = (size_t)pc * 0x9e3779b97f4a7c15ull >> 49;
-    for (unsigned tries = 0; places[i] != pc; i = (i + 1) % MOST_PLACES) {
-        if (!places[i]) places[i] = pc;
-        else if (++tries == 100) break;  // the place of another access is named then
-    }
+    while (places[i] && places[i] != pc) i = (i + 1) % MOST_PLACES;
+    places[i] = pc;
     return i;
 }
 
@@ -177,17 +173,16 @@ static uint32_t first_serial;
 // Whether an earlier access is known to be over for the thread that runs.
 static bool over(Access a) {
     if (serial(a) < first_serial) return true;
-    if (serial(a) != block.serial) return false;
     unsigned t = thread(a);
+    if (serial(a) != block.serial) return published(serial(a), t, clock_of(a));
     if (t == current->number || clock_of(a) <= block.seen[t]) return true;
     return t / 32 == current->number / 32 && clock_of(a) <= block.warps[t / 32].seen[current->number % 32][t % 32];
 }
 
 [[noreturn]] static void race(const void* p, Kind kind, const char* verb, Access a, const void* pc) {
-    std::string who = "thread " + std::to_string(thread(a));
-    if (serial(a) != block.serial) who = "another block";
-    else if (thread(a) / 32 == current->number / 32) who = "thread " + std::to_string(thread(a)) + " of the same warp";
-    fail("race: %s %s%s, which %s %s%s without a barrier between", VERBS[kind], described(p).c_str(), code(pc).c_str(), who.c_str(),
+    std::string who = serial(a) != block.serial ? "another block" : "thread " + std::to_string(thread(a));
+    if (serial(a) == block.serial && thread(a) / 32 == current->number / 32) who += " of the same warp";
+    fail("race: %s %s%s, which %s %s%s, and nothing orders the two", VERBS[kind], described(p).c_str(), code(pc).c_str(), who.c_str(),
          verb, code(places[a & (MOST_PLACES - 1)]).c_str());
 }
 
@@ -222,16 +217,22 @@ static constexpr State COUNTS[] = {ACCESSIBLE | INITIALISED | ARRIVING, ACCESSIB
                                    ACCESSIBLE | INITIALISED | CONSTANT | ARRIVING};
 static constexpr State REQUIRED[] = {ACCESSIBLE | INITIALISED, ACCESSIBLE, ACCESSIBLE | INITIALISED};
 
+// All of the bytes that an integer W covers may be accessed: then they are, else nothing is done.
+template <typename W>
+static bool access_all(State* state, Kind kind) {
+    constexpr W EACH = (W)0x0101010101010101;
+    W all;
+    memcpy(&all, state, sizeof all);
+    if ((W)(all & COUNTS[kind] * EACH) != (W)(REQUIRED[kind] * EACH)) return false;
+    all |= kind == WRITE ? (W)(INITIALISED * EACH) : 0;
+    memcpy(state, &all, sizeof all);
+    return true;
+}
+
 static void check_state(char* p, State* state, size_t bytes, Kind kind, const void* pc) {
-    constexpr uint64_t EACH = 0x0101010101010101;
     size_t i = 0;
-    for (; i + 8 <= bytes; i += 8) {
-        uint64_t eight;
-        memcpy(&eight, state + i, 8);
-        if ((eight & COUNTS[kind] * EACH) != REQUIRED[kind] * EACH) break;
-        eight |= kind == WRITE ? INITIALISED * EACH : 0;
-        memcpy(state + i, &eight, 8);
-    }
+    while (i + 8 <= bytes && access_all<uint64_t>(state + i, kind)) i += 8;
+    if (i + 4 <= bytes && access_all<uint32_t>(state + i, kind)) i += 4;
     for (; i < bytes; i++) {
         if ((state[i] & COUNTS[kind]) != REQUIRED[kind]) forbidden(p + i, state[i], kind, pc);
         if (kind == WRITE) state[i] |= INITIALISED;
@@ -251,7 +252,7 @@ static void check_races(char* p, Accesses* accesses, size_t bytes, Kind kind, Ac
     }
 }
 
-static void watch(const char* p, size_t bytes, Kind kind, const void* pc) {
+void watch(const char* p, size_t bytes, Kind kind, const void* pc) {
     if (!bytes || (p >= stacks && p < stacks_end)) return;
     Region* r = device.has(p) ? &device : fixed.has(p) ? &fixed : nullptr;
     if (!current) {
@@ -271,10 +272,21 @@ static void watch(const char* p, size_t bytes, Kind kind, const void* pc) {
     check_races(r->base + at, r->accesses + at, bytes, kind, stamp(kind == UPDATE, pc), pc);
 }
 
-#define CALLER __builtin_return_address(0)
 void reads(const void* p, size_t bytes) { watch((const char*)p, bytes, READ, CALLER); }
 void writes(void* p, size_t bytes) { watch((const char*)p, bytes, WRITE, CALLER); }
-void updates(void* p, size_t bytes) { watch((const char*)p, bytes, UPDATE, CALLER); }
+void updates(void* p, size_t bytes) {
+    watch((const char*)p, bytes, UPDATE, CALLER);
+    if (current && !is_shared(p)) meet_at(p);
+}
+
+void reads_unchanging(const void* p, size_t bytes) {
+    if (!current || (size_t)((const char*)p - device.base - GLOBAL) >= MEMORY - GLOBAL - bytes) return;
+    const Accesses* a = device.accesses + ((const char*)p - device.base);
+    for (size_t i = 0; i < bytes; i++)
+        if (serial(a[i].write) >= launched.first_serial)
+            fail("reads %s%s as if it never changed, but the kernel writes it%s", described((const char*)p + i).c_str(), code(CALLER).c_str(),
+                 code(places[a[i].write & (MOST_PLACES - 1)]).c_str());
+}
 
 // ---- cp.async ----------------------------------------------------------------------------------------------------------------
 
@@ -348,11 +360,9 @@ EXPORT void* emulation_allocate(const char* name, const void* data, const uint8_
     next_free = p + (bytes + 255) / 256 * 256;
     State* state = device.state + (p - device.base);
     memcpy(p, data, bytes);
-    for (size_t i = 0; i < bytes; i++) {
-        state[i] = ACCESSIBLE | (constant ? CONSTANT : 0) | (!written || written[i] ? INITIALISED : 0);
-        if (written && !written[i]) p[i] = (char)0xff;
-    }
-    memset(device.accesses + (p - device.base), 0, bytes * sizeof(Accesses));
+    memset(state, ACCESSIBLE | INITIALISED | (constant ? CONSTANT : 0), bytes);
+    for (size_t i = 0; written && i < bytes; i++)
+        if (!written[i]) state[i] &= ~INITIALISED, p[i] = (char)0xff;
     allocations.push_back({name, p, bytes, element});
     return p;
 }
@@ -364,62 +374,3 @@ EXPORT void emulation_fetch(const void* p, void* data, uint8_t* written, size_t 
 }
 
 EXPORT const char* emulation_error() { return error.c_str(); }
-
-// ---- for the compiler --------------------------------------------------------------------------------------------------------
-
-#define BOTH(n)                                                                                      \
-    extern "C" void __tsan_read##n(void* p) { watch((char*)p, n, READ, CALLER); }                    \
-    extern "C" void __tsan_write##n(void* p) { watch((char*)p, n, WRITE, CALLER); }                  \
-    extern "C" void __tsan_unaligned_read##n(void* p) { watch((char*)p, n, READ, CALLER); }          \
-    extern "C" void __tsan_unaligned_write##n(void* p) { watch((char*)p, n, WRITE, CALLER); }
-BOTH(1) BOTH(2) BOTH(4) BOTH(8) BOTH(16)
-extern "C" void __tsan_read_range(void* p, size_t n) { watch((char*)p, n, READ, CALLER); }
-extern "C" void __tsan_write_range(void* p, size_t n) { watch((char*)p, n, WRITE, CALLER); }
-extern "C" void __tsan_init() {}
-extern "C" void __tsan_func_entry(void*) {}
-extern "C" void __tsan_func_exit() {}
-
-// Calls of memcpy and the like in kernels come here (build.py).
-#define COPY(name)                                                            \
-    extern "C" void* emulation_##name(void* to, const void* from, size_t n) { \
-        watch((const char*)from, n, READ, CALLER);                            \
-        watch((const char*)to, n, WRITE, CALLER);                             \
-        return memmove(to, from, n);                                          \
-    }
-COPY(memcpy)
-COPY(memmove)
-extern "C" void* emulation_memset(void* to, int value, size_t n) {
-    watch((const char*)to, n, WRITE, CALLER);
-    return memset(to, value, n);
-}
-
-// What a check of GCC's -fsanitize=undefined says: where, and for each kind what.
-struct Location {
-    const char* file;
-    uint32_t line, column;
-};
-struct Mismatch {
-    Location at;
-    const void* type;
-    uint8_t log_alignment, kind;
-};
-
-static void undefined(const Location& at, const std::string& what) {
-    const char* slash = strrchr(at.file, '/');
-    std::string text = what + " (" + (slash ? slash + 1 : at.file) + ":" + std::to_string(at.line) + ")";
-    if (current) fail("%s", text.c_str());
-    host_fails("on the host: %s", text.c_str());
-}
-
-extern "C" void __ubsan_handle_type_mismatch_v1(Mismatch* m, size_t p) {
-    undefined(m->at, described((void*)p) + " is not aligned to " + std::to_string(1 << m->log_alignment) + " bytes");
-}
-extern "C" void __ubsan_handle_out_of_bounds(Location* at, size_t i) {
-    undefined(*at, "index " + std::to_string((long)i) + " is outside of the array");
-}
-extern "C" void __ubsan_handle_shift_out_of_bounds(Location* at, size_t, size_t) { undefined(*at, "a shift by too much"); }
-#define OVERFLOWS(name) \
-    extern "C" void __ubsan_handle_##name##_overflow(Location* at, size_t, size_t) { undefined(*at, "signed overflow"); }
-OVERFLOWS(add) OVERFLOWS(sub) OVERFLOWS(mul)
-extern "C" void __ubsan_handle_negate_overflow(Location* at, size_t) { undefined(*at, "signed overflow"); }
-extern "C" void __ubsan_handle_divrem_overflow(Location* at, size_t, size_t) { undefined(*at, "division by zero"); }

@@ -38,6 +38,7 @@ void warp_barrier(unsigned mask, const char* site);
 void reads(const void* address, size_t bytes);
 void writes(void* address, size_t bytes);
 void updates(void* address, size_t bytes);  // atomically
+void reads_unchanging(const void* address, size_t bytes);  // fails if the kernel has written it; then comes `reads`
 bool is_shared(const void* address);
 void copy_async(void* shared, const void* global, size_t bytes, size_t zeros);
 void commit_copies();

@@ -93,6 +93,28 @@ __global__ void add_up(float* y, int atomic) {
     if (atomic) atomicAdd(y, 1.0f);
     else y[0] += 1;
 }
+// The block that comes last adds up what all blocks have written.
+// MISTAKE 1: no fence before the atomic, 2: none after it, 3: another block than the last.
+template <int MISTAKE>
+__global__ void last_adds(float* partial, unsigned* count, float* y) {
+    __shared__ bool last;
+    partial[blockIdx.x * THREADS + threadIdx.x] = blockIdx.x + 1;
+    if (MISTAKE != 1) __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(count, 1u) == gridDim.x - 1 || MISTAKE == 3;
+        if (MISTAKE != 2) __threadfence();
+    }
+    __syncthreads();
+    if (!last) return;
+    float sum = 0;
+    for (unsigned b = 0; b < gridDim.x; b++) sum += partial[b * THREADS + (threadIdx.x + 1) % THREADS];
+    y[threadIdx.x] = sum;
+}
+__global__ void reads_what_it_wrote(float* y) {
+    y[threadIdx.x] = 1;
+    y[threadIdx.x] = __ldg(y + threadIdx.x);
+}
 __global__ void reads_workspace(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x]; }
 __global__ void local_array(float* y, int n) {
     float a[4] = {1, 2, 3, 4};
@@ -123,6 +145,14 @@ void c_add_up(float* y, int blocks, int atomic) {
     cudaMemsetAsync(y, 0, 4, 0);
     MOSS_LAUNCH(add_up, blocks, atomic ? THREADS : 1, 0, 0, y, atomic);
 }
+void c_last_adds(int mistake, int blocks, float* partial, uint32_t* count, float* y) {
+    cudaMemsetAsync(count, 0, 4, 0);
+    if (mistake == 0) MOSS_LAUNCH(last_adds<0>, blocks, THREADS, 0, 0, partial, count, y);
+    if (mistake == 1) MOSS_LAUNCH(last_adds<1>, blocks, THREADS, 0, 0, partial, count, y);
+    if (mistake == 2) MOSS_LAUNCH(last_adds<2>, blocks, THREADS, 0, 0, partial, count, y);
+    if (mistake == 3) MOSS_LAUNCH(last_adds<3>, blocks, THREADS, 0, 0, partial, count, y);
+}
+void c_reads_what_it_wrote(float* y) { MOSS_LAUNCH(reads_what_it_wrote, 1, THREADS, 0, 0, y); }
 void c_one_after_the_other(float* y) {
     MOSS_LAUNCH(blocks_share, 1, 1, 0, 0, y);
     MOSS_LAUNCH(add_up, 1, 1, 0, 0, y, 0);
@@ -278,6 +308,23 @@ def test_blocks_are_not_ordered(kernels):
     assert y.array[0] == 192
     kernels.c_one_after_the_other(y)
     assert y.array[0] == 2
+
+
+def test_blocks_that_tell_each_other(kernels):
+    for blocks in (1, 2, 7):
+        y = output()
+        kernels.c_last_adds(0, blocks, output(blocks * 64), output(1, np.uint32), y)
+        assert (y.array == blocks * (blocks + 1) / 2).all()
+    for mistake, says in ((1, "another block wrote"), (2, "another block wrote"), (3, "never written|another block")):
+        with pytest.raises(KernelError, match=rf"reads partial\[\d+\] .*({says})"):
+            kernels.c_last_adds(mistake, 5, output(5 * 64), output(1, np.uint32), output())
+
+
+def test_what_a_kernel_writes_is_not_unchanging(kernels):
+    with pytest.raises(
+        KernelError, match=r"reads y\[\d+\] \(wrappers:\d+\) as if it never changed, but the kernel writes it \(wrappers"
+    ):
+        kernels.c_reads_what_it_wrote(output())
 
 
 def test_what_was_written_is_remembered(kernels, x):

@@ -56,14 +56,12 @@ void complete_mma(void* const payload[32], unsigned arrived) {
             for (int r = 0; r < K / 8; r++) b[pair + r * 8 + e][group] = half_at(p.b, r, e);
         }
     }
-    for (int l = 0; l < 32; l++) {
-        float* c = ((const Product*)payload[l])->c;
-        for (int i = 0; i < 4; i++) {
-            double sum = c[i];
-            for (int k = 0; k < K; k++) sum += a[l / 4 + i / 2 * 8][k] * b[k][l % 4 * 2 + i % 2];
-            c[i] = (float)sum;
-        }
-    }
+    double c[16][8] = {};
+    for (int m = 0; m < 16; m++)
+        for (int k = 0; k < K; k++)
+            for (int n = 0; n < 8; n++) c[m][n] += a[m][k] * b[k][n];
+    for (int l = 0; l < 32; l++)
+        for (int i = 0; i < 4; i++) ((const Product*)payload[l])->c[i] += c[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
 }
 template void complete_mma<8>(void* const payload[32], unsigned arrived);
 template void complete_mma<16>(void* const payload[32], unsigned arrived);

@@ -15,25 +15,26 @@ int64_t workspace(int multiprocessors, int64_t T, int64_t N, int64_t K) {
     return linear_workspace(T, N, K);
 }
 void linear_in(const float* x, const float* norm_weight, const float* norm_bias, int bits, const void* q, const half* scale,
-               const uint8_t* zero, const int32_t* order, int orders, int n, int k, int group, const float* bias, half* qkv, half* both,
-               int64_t T, int64_t D, int64_t I, uint8_t* workspace) {
-    launch_linear_in(x, {norm_weight, norm_bias, 1e-5f}, {bits, q, scale, zero, order, orders, n, k, group}, bias, qkv, both, T, D, I,
-                     workspace, 0);
+               const uint8_t* zero, const int32_t* order, int orders, int n, int k, int group, const float* bias, half* qkv,
+               half* both, int64_t T, int64_t D, int64_t I, uint8_t* workspace) {
+    const Weights w = {bits, q, scale, zero, order, orders, n, k, group};
+    launch_linear_in(x, {norm_weight, norm_bias, 1e-5f}, w, bias, qkv, both, T, D, I, workspace, 0);
 }
-void linear_out(const half* both, int bits, const void* q, const half* scale, const uint8_t* zero, const int32_t* order, int orders,
-                int n, int k, int group, const float* bias, const float* x, float* y, int64_t T, int64_t D, int64_t I,
+void linear_out(const half* both, int bits, const void* q, const half* scale, const uint8_t* zero, const int32_t* order,
+                int orders, int n, int k, int group, const float* bias, const float* x, float* y, int64_t T, int64_t D, int64_t I,
                 uint8_t* workspace) {
     launch_linear_out(both, {bits, q, scale, zero, order, orders, n, k, group}, bias, x, y, T, D, I, workspace, 0);
 }
-void linear_out_in_place(const half* both, int bits, const void* q, const half* scale, const uint8_t* zero, const int32_t* order,
-                int orders, int n, int k, int group, const float* bias, float* x, int64_t T, int64_t D, int64_t I, uint8_t* workspace) {
+void linear_out_in_place(const half* both, int bits, const void* q, const half* scale, const uint8_t* zero,
+                         const int32_t* order, int orders, int n, int k, int group, const float* bias, float* x, int64_t T,
+                         int64_t D, int64_t I, uint8_t* workspace) {
     launch_linear_out(both, {bits, q, scale, zero, order, orders, n, k, group}, bias, x, x, T, D, I, workspace, 0);
 }
 void head(const float* x, const float* norm_weight, const float* norm_bias, int bits, const void* q, const half* scale,
-          const uint8_t* zero, const int32_t* order, int orders, int n, int k, int group, const float* bias, float* logits, int64_t T,
-          int64_t D, int64_t V, uint8_t* workspace) {
-    launch_head(x, {norm_weight, norm_bias, 1e-5f}, {bits, q, scale, zero, order, orders, n, k, group}, bias, logits, T, D, V,
-                workspace, 0);
+          const uint8_t* zero, const int32_t* order, int orders, int n, int k, int group, const float* bias, float* logits,
+          int64_t T, int64_t D, int64_t V, uint8_t* workspace) {
+    const Weights w = {bits, q, scale, zero, order, orders, n, k, group};
+    launch_head(x, {norm_weight, norm_bias, 1e-5f}, w, bias, logits, T, D, V, workspace, 0);
 }
 """
 
@@ -96,8 +97,8 @@ def close(ours, x, w, added, tolerance, after=lambda y: y):
     assert np.isfinite(ours).all() and error < tolerance, f"relative error {error:.2e}"
 
 
-# Tokens, outputs, inputs, multiprocessors: outputs that are no whole panels, inputs that are no whole groups or vectors, products
-# in several slices (many multiprocessors) and in one.
+# Tokens, outputs, inputs, multiprocessors: outputs that are no whole panels, inputs that are no whole groups or vectors,
+# products in several slices (many multiprocessors) and in one.
 SHAPES = [
     (1, 1, 8, 1),
     (1, 300, 2056, 4),
@@ -136,7 +137,7 @@ def test_head_on_older_cards(older, rng, bits, group, T, V, D, multiprocessors):
 @GROUPS
 @pytest.mark.parametrize("orders", [0, 2])
 @pytest.mark.parametrize("T, D, I, multiprocessors", [(1, 16, 5, 1), (8, 64, 100, 2), (40, 272, 37, 100), (65, 80, 60, 1)])
-def test_linear_in(kernels, rng, bits, group, orders, T, D, I, multiprocessors):
+def test_linear_in(kernels, rng, bits, group, orders, T, D, I, multiprocessors):  # noqa: E741
     states, h = normed(rng, T, D)
     w = Weights(rng, bits, group, 3 * D + I, D, (3 * D, I) if orders and bits < 16 else ())
     bias = rng.standard_normal(I).astype(np.float32)
@@ -156,7 +157,7 @@ def test_linear_in(kernels, rng, bits, group, orders, T, D, I, multiprocessors):
     "T, D, I, multiprocessors",
     [(1, 16, 48, 1), (2, 40, 1500, 50), (8, 72, 285, 2), (30, 24, 2201, 80), (40, 8, 1300, 9), (100, 136, 99, 1)],
 )
-def test_linear_out(kernels, rng, bits, group, orders, T, D, I, multiprocessors):
+def test_linear_out(kernels, rng, bits, group, orders, T, D, I, multiprocessors):  # noqa: E741
     both, x = rng.standard_normal((T, D + I)).astype(np.float16), rng.standard_normal((T, D)).astype(np.float32)
     w = Weights(rng, bits, group, D, D + I, (D,) if orders and bits < 16 else ())
     bias, y = rng.standard_normal(D).astype(np.float32), unwritten((T, D), np.float32)
