@@ -1,16 +1,17 @@
-// The model's products: y[t, n] = sum over k of x[t, k] w[n, k], for T tokens, N outputs, K inputs, with what comes before (norm) and
-// after (bias, gelu, residual). Inputs are rounded to halves, sums are fp32.
+// The model's products: y[t, n] = sum over k of x[t, k] w[n, k], for T tokens, N outputs, K inputs, with what comes before (norm)
+// and after (bias, gelu, residual). Inputs are rounded to halves, sums are fp32.
 //   up to 32 tokens (8 without tensor cores)  linear_few.cuh: the bytes of the weights are the limit
 //   more                                      linear_many.cuh: arithmetic is the limit; without tensor cores, few at a time
 // The norm is a kernel of its own: it moves 6 T D bytes, where each of a product's hundreds of blocks would read and norm all of x.
+// So a block of the model takes norm and product, attention, product and the sum of its slices: five launches.
 #pragma once
 #include "linear_few.cuh"
 #include "linear_many.cuh"
 
 namespace moss_cuda {
 
-// A matrix (n, k) as docs/formats.md has it on disk: halves at q, or numbers of 8 or 4 bits. order (orders, k): stored input i is input
-// order[i]; two of them are for rows of q, k and v (whole panels), and for those of fc_in.
+// A matrix (n, k) as docs/formats.md has it on disk: halves at q, or numbers of 8 or 4 bits. order (orders, k): stored input i is
+// input order[i]; two of them are for the rows of q, k and v, which are whole panels, and for those of fc_in.
 struct Weights {
     int bits;
     const void* q;
@@ -68,8 +69,8 @@ void launch_few(const W& w, const Inputs& x, const Panels& panels, int slice, co
     const int group_bytes = x.tokens * w.steps() * STEP * 2;
     const int stage = std::min(slice, FEW_INPUTS_BYTES / group_bytes / W::BATCH * W::BATCH);
     const dim3 grid(panels.blocks(FEW_PANELS), partial.slices);
-    MOSS_LAUNCH((linear_few<TILES, W>), grid, dim3(32 * FEW_PANELS), stage * group_bytes, stream, w, x, panels, slice, stage, partial,
-                after);
+    MOSS_LAUNCH((linear_few<TILES, W>), grid, dim3(32 * FEW_PANELS), stage * group_bytes, stream, w, x, panels, slice, stage,
+                partial, after);
 }
 
 template <int COLUMNS, class W>
@@ -77,12 +78,14 @@ void launch_many(const W& w, const Inputs& x, const Panels& panels, int slice, c
                  cudaStream_t stream) {
     typedef Stage<W, COLUMNS> S;
     const dim3 grid(ceil_div(x.tokens, COLUMNS * WARP_TOKENS), panels.blocks(MANY_PANELS), partial.slices);
-    MOSS_LAUNCH((linear_many<COLUMNS, W>), grid, dim3(128 * COLUMNS), S::COUNT * sizeof(S), stream, w, x, panels, slice, partial, after);
+    MOSS_LAUNCH((linear_many<COLUMNS, W>), grid, dim3(128 * COLUMNS), S::COUNT * sizeof(S), stream, w, x, panels, slice, partial,
+                after);
 }
 
 // x: T rows of row_stride(k), of each order of the weights. partial: room for the sums of slices.
 template <class W>
-void launch_product(const W& w, const half* x, int64_t T, const Panels& panels, float* partial, const After& after, cudaStream_t stream) {
+void launch_product(const W& w, const half* x, int64_t T, const Panels& panels, float* partial, const After& after,
+                    cudaStream_t stream) {
     const Division d = divide(T, w.n, w.k);
     const int slice = (int)(ceil_div(ceil_div(w.groups, d.slices), W::BATCH) * W::BATCH), slices = (int)ceil_div(w.groups, slice);
     for (int64_t t = 0; t < T; t += d.tokens) {
@@ -101,7 +104,8 @@ void launch_product(const W& w, const half* x, int64_t T, const Panels& panels, 
 // The same for weights as the caller has them, the first `split` rows of which have the first of two orders.
 inline void launch_product(const Weights& w, const half* x, int64_t T, int64_t split, float* partial, const After& after,
                            cudaStream_t stream) {
-    const int n = (int)w.n, k = (int)w.k, group = (int)w.group, groups = (int)ceil_div(k, w.bits == 16 ? WeightsF16::group() : group);
+    const int n = (int)w.n, k = (int)w.k, group = (int)w.group;
+    const int groups = (int)ceil_div(k, w.bits == 16 ? WeightsF16::group() : group);
     const int all = (int)ceil_div(n, PANEL);
     const Panels panels = {all, w.orders == 2 ? (int)(split / PANEL) : all};
     const auto q = (const uint8_t*)w.q;
@@ -128,8 +132,8 @@ inline int64_t linear_workspace(int64_t T, int64_t N, int64_t K) {
 inline float* partial_sums(void* workspace, int64_t T, int64_t K) { return (float*)((char*)workspace + inputs_bytes(T, K)); }
 
 // qkv (T, 3 D) halves and the last I columns of both (T, D + I) halves, gelu_new(f + in_bias), of states x (T, D) floats.
-inline void launch_linear_in(const float* x, const Norm& norm, const Weights& w, const float* in_bias, half* qkv, half* both, int64_t T,
-                             int64_t D, int64_t I, void* workspace, cudaStream_t stream) {
+inline void launch_linear_in(const float* x, const Norm& norm, const Weights& w, const float* in_bias, half* qkv, half* both,
+                             int64_t T, int64_t D, int64_t I, void* workspace, cudaStream_t stream) {
     half* h = (half*)workspace;
     launch_layer_norm(x, norm, w.order, w.orders, h, T, D, row_stride(D), stream);
     After after = {After::IN, in_bias, D, I, nullptr, nullptr, qkv, both};
@@ -137,8 +141,8 @@ inline void launch_linear_in(const float* x, const Norm& norm, const Weights& w,
 }
 
 // y (T, D) = x + both outᵀ + out_bias; both (T, D + I) halves, x and y floats; y may be x.
-inline void launch_linear_out(const half* both, const Weights& w, const float* out_bias, const float* x, float* y, int64_t T, int64_t D,
-                              int64_t I, void* workspace, cudaStream_t stream) {
+inline void launch_linear_out(const half* both, const Weights& w, const float* out_bias, const float* x, float* y, int64_t T,
+                              int64_t D, int64_t I, void* workspace, cudaStream_t stream) {
     const half* inputs = both;
     if (w.orders || (D + I) % 8) {
         launch_gather(both, w.order, (half*)workspace, T, D + I, row_stride(D + I), stream);

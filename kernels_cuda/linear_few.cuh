@@ -1,9 +1,9 @@
-// Products of few tokens, up to 8 TILES, 32 at most: every byte of the weights is read once, and the goal is the speed of memory.
+// Products of few tokens, up to 8 TILES, 32 at most: every byte of the weights is read once, and the goal is memory's speed.
 //
 // A warp has a panel of 16 rows, a block FEW_PANELS panels and a slice of the inputs, which all its warps use from shared memory.
 // Where the panels alone do not fill the card, slices are blocks of their own, whose sums are added afterwards, in order.
-// A lane starts the loads of its next 64 bytes before it computes with the last ones, so three blocks of a multiprocessor have 48 KB on
-// their way: more than latency times bandwidth asks for (an H100: 3.35 TB/s x 0.7 us / 132 = 18 KB a multiprocessor).
+// A lane starts the loads of its next 64 bytes before it computes with the last ones, so three blocks of a multiprocessor have
+// 48 KB on their way: more than latency times bandwidth asks for (an H100: 3.35 TB/s x 0.7 us / 132 = 18 KB).
 // A step of a panel then costs a lane, in int4, one load of weights, 24 instructions that unpack 16 of them, and for every 8
 // tokens a load of inputs and two matrix instructions.
 #pragma once
@@ -67,8 +67,8 @@ __device__ inline void copy_inputs(const W& w, const Inputs& x, int order, int g
 }
 
 template <int TILES, class W>
-__device__ inline void multiply_batch(const W& w, const Batch<W>& batch, int count, const half* x, int T, const Columns<TILES>& columns,
-                                      Sums<TILES>& sums) {
+__device__ inline void multiply_batch(const W& w, const Batch<W>& batch, int count, const half* x, int T,
+                                      const Columns<TILES>& columns, Sums<TILES>& sums) {
 #pragma unroll
     for (int b = 0; b < W::BATCH; b++)
         if (b < count) {

@@ -1,12 +1,12 @@
 // Products of many tokens: arithmetic is the limit. On tensor cores only.
 //
-// A block has MANY_ROWS rows and 64 COLUMNS tokens; a warp 32 rows and 64 tokens, whose sums stay in registers: 4 inputs
-// or weights of shared memory serve 85 multiply-adds. The inputs pass in steps of 32, weights as they are stored, in a ring of
-// stages that cp.async fills ahead:
-//   weights  [panel][W::BYTES]      10 to 16 KB a stage, with
+// A block has 128 rows and 64 COLUMNS tokens; a warp 32 rows and 64 tokens, whose sums stay in registers, so 16 bytes of inputs
+// from shared memory serve 32 rows. Inputs pass in steps of 32, and weights as they are stored, in a ring of stages that cp.async
+// fills ahead:
+//   weights  [panel][W::BYTES]
 //   inputs   [token][STEP] halves
-// Rows of 64 bytes, of which a lane takes 16 in order: no two lanes of a quarter warp meet in a bank. A warp unpacks its 32 rows in registers, for
-// 64 tokens: 48 instructions in int4 beside 32 matrix instructions.
+// A lane takes 16 bytes of a row of 64, and rows lie one after the other: no two lanes of a quarter warp meet in a bank. A warp
+// unpacks its rows for 64 tokens: in int4 48 instructions beside 32 matrix instructions.
 #pragma once
 #include "linear_few.cuh"
 
@@ -95,7 +95,8 @@ __global__ void __launch_bounds__(128 * COLUMNS, COLUMNS == 1 ? 2 : 1)
     const int STAGES = Stage<W, COLUMNS>::COUNT;
     MOSS_DYNAMIC_SHARED(unsigned char, memory);
     Stage<W, COLUMNS>* stages = (Stage<W, COLUMNS>*)memory;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_panel = warp % 4 * WARP_PANELS, warp_token = warp / 4 * WARP_TOKENS;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int warp_panel = warp % 4 * WARP_PANELS, warp_token = warp / 4 * WARP_TOKENS;
     Place b;
     b.order = panels.of(blockIdx.y, MANY_PANELS, &b.first, &b.panels_end);
     b.token = blockIdx.x * COLUMNS * WARP_TOKENS;
@@ -133,7 +134,8 @@ __global__ void __launch_bounds__(128 * COLUMNS, COLUMNS == 1 ? 2 : 1)
             if (coming.group < end) copy_step(w, x, b, coming, stages + free);
             cp_async_commit();
             coming.next(w.steps());
-            multiply_step<W>(stages[stage].weights + warp_panel, stages[stage].inputs + warp_token, offset, lane, W::SCALED ? sums : whole);
+            multiply_step<W>(stages[stage].weights + warp_panel, stages[stage].inputs + warp_token, offset, lane,
+                             W::SCALED ? sums : whole);
             stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
         if (W::SCALED) end_group(whole, sums, scale);

@@ -1,7 +1,7 @@
 // The arithmetic of a warp's products: 16 rows of weights times tokens, a step of 32 inputs at a time, with fp32 sums.
-// Lane l has inputs 8 (l % 4) ... + 7 of a step: of two rows (which ones, the weights say), and of token l / 4. A matrix instruction
-// takes the inputs of a sum in any order that is the same for both factors, so 16 bytes of a row and 16 of a token are its
-// fragments as they are. Without tensor cores (before sm_75) a lane sums over its own inputs, and lanes are added at the end.
+// Lane l has inputs 8 (l % 4) ... + 7 of a step: of two rows (which ones, the weights say), and of token l / 4. A matrix
+// instruction takes the inputs of a sum in any order that is the same for both factors, so 16 bytes of a row and 16 of a token are
+// its fragments as they are. Without tensor cores (before sm_75) a lane sums over its own inputs, and lanes are added at the end.
 #pragma once
 #include "device.cuh"
 
@@ -14,7 +14,8 @@ const int STEP = 32;   // inputs
 
 // c += 16 rows x 8 tokens of a step. c[2 i + j] is the sum of the lane's row i and token 2 (l % 4) + j.
 __device__ inline void multiply(float c[4], const uint4 rows[2], const uint4& x) {
-    const uint32_t first[4] = {rows[0].x, rows[1].x, rows[0].y, rows[1].y}, second[4] = {rows[0].z, rows[1].z, rows[0].w, rows[1].w};
+    const uint32_t first[4] = {rows[0].x, rows[1].x, rows[0].y, rows[1].y};
+    const uint32_t second[4] = {rows[0].z, rows[1].z, rows[0].w, rows[1].w};
     const uint32_t of_first[2] = {x.x, x.y}, of_second[2] = {x.z, x.w};
     mma_16816(c, first, of_first);
     mma_16816(c, second, of_second);

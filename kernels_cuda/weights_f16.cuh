@@ -1,5 +1,5 @@
-// Weights as halves: N rows of K, contiguous. Lane l has rows l / 4 and the one eight further on, in panels of 16; a step is 64 contiguous bytes of each of 16
-// rows. Rows of a K that is no multiple of 8 do not start at 16 bytes and are read half by half.
+// Weights as halves: N rows of K, contiguous. A panel is 16 rows, a step of it 64 contiguous bytes of each; lane l has rows l / 4 and
+// l / 4 + 8. Rows of a K that is no multiple of 8 do not start at multiples of 16 bytes and are read half by half.
 #pragma once
 #include "multiply.cuh"
 

@@ -122,10 +122,10 @@ private:
         return bits_of(__hadd2(as_half2(__byte_perm(w, 0x64646464, bytes)), offset));
     }
 
-    // Both halves of one byte: 1024 + the lower, and 1024 + 16 times the upper one, which a multiplication makes 64 + the upper one.
+    // Both halves of one byte: 1024 + the lower, and 1024 + 16 times the upper one, which multiplied by 1/16 is 64 + it.
     __device__ static uint32_t pair4(uint32_t w, uint32_t byte, half2 offset) {
         const uint32_t both = lop3<0xEA>(__byte_perm(w, 0, byte), 0x00F0000F, 0x64006400);  // (a & b) | c
-        return bits_of(__hfma2(as_half2(both), as_half2(0x2C003C00), offset));  // by 1 and by 1/16
+        return bits_of(__hfma2(as_half2(both), as_half2(0x2C003C00), offset));  // times 1, 1/16
     }
 };
 

@@ -228,6 +228,18 @@ void launch_kernel(const char* name, void (*kernel)(P...), dim3 grid, dim3 block
 #define MOSS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     ((void)(cudaStream_t)(stream), ::moss_emulation::launch_kernel(#kernel, kernel, grid, block, shared_bytes, __VA_ARGS__))
 
+namespace moss_cuda {
+
+struct Device {
+    int arch, multiprocessors;
+};
+inline Device& device() {  // a test may make it another one
+    static Device one = {__CUDA_ARCH__, 4};
+    return one;
+}
+
+}  // namespace moss_cuda
+
 // ---- device.cuh's instructions -----------------------------------------------------------------------------------------------
 
 #include "matrix.h"

@@ -3,14 +3,6 @@
 
 namespace moss_cuda {
 
-struct Device {
-    int arch, multiprocessors;
-};
-inline Device& device() {  // a test may make it another one
-    static Device one = {__CUDA_ARCH__, 4};
-    return one;
-}
-
 inline uint4 load16(const void* p) { return __ldg((const uint4*)p); }
 inline uint4 load16_once(const void* p) { return __ldg((const uint4*)p); }
 

@@ -1,4 +1,4 @@
-"""linear.cuh's products against float64, on the emulated device: with and without tensor cores and asynchronous copies."""
+"""linear.cuh's products against float64, on the emulated device."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ int64_t workspace(int multiprocessors, int64_t T, int64_t N, int64_t K) {
 void linear_in(const float* x, const float* norm_weight, const float* norm_bias, int bits, const void* q, const half* scale,
                const uint8_t* zero, const int32_t* order, int orders, int n, int k, int group, const float* bias, half* qkv,
                half* both, int64_t T, int64_t D, int64_t I, uint8_t* workspace) {
-    launch_linear_in(x, {norm_weight, norm_bias, 1e-5f}, {bits, q, scale, zero, order, orders, n, k, group}, bias, qkv, both, T,
-                     D, I, workspace, 0);
+    const Weights w = {bits, q, scale, zero, order, orders, n, k, group};
+    launch_linear_in(x, {norm_weight, norm_bias, 1e-5f}, w, bias, qkv, both, T, D, I, workspace, 0);
 }
 void linear_out(const half* both, int bits, const void* q, const half* scale, const uint8_t* zero, const int32_t* order,
                 int orders, int n, int k, int group, const float* bias, const float* x, float* y, int64_t T, int64_t D,
@@ -33,23 +33,22 @@ void linear_out_in_place(const half* both, int bits, const void* q, const half* 
 void head(const float* x, const float* norm_weight, const float* norm_bias, int bits, const void* q, const half* scale,
           const uint8_t* zero, const int32_t* order, int orders, int n, int k, int group, const float* bias, float* logits,
           int64_t T, int64_t D, int64_t V, uint8_t* workspace) {
-    launch_head(x, {norm_weight, norm_bias, 1e-5f}, {bits, q, scale, zero, order, orders, n, k, group}, bias, logits, T, D, V,
-                workspace, 0);
+    const Weights w = {bits, q, scale, zero, order, orders, n, k, group};
+    launch_head(x, {norm_weight, norm_bias, 1e-5f}, w, bias, logits, T, D, V, workspace, 0);
 }
 """
 
-ARCHS = {"no tensor cores": 700, "m16n8k8": 750, "cp.async": 800}
 GROUPS = pytest.mark.parametrize("bits, group", [(16, 0), (8, 128), (4, 128), (8, 72), (4, 40), (4, 8)])
-
-
-@pytest.fixture(scope="module", params=list(ARCHS))
-def every(request):
-    return build(WRAPPERS, ARCHS[request.param])
 
 
 @pytest.fixture(scope="module")
 def kernels():
     return build(WRAPPERS)
+
+
+@pytest.fixture(scope="module", params=[700, 750], ids=["no tensor cores", "m16n8k8"])
+def older(request):
+    return build(WRAPPERS, request.param)
 
 
 class Weights:
@@ -116,13 +115,23 @@ SHAPES = [
 ]
 
 
-@GROUPS
-@pytest.mark.parametrize("T, V, D, multiprocessors", SHAPES)
-def test_head(every, rng, bits, group, T, V, D, multiprocessors):
+def check_head(kernels, rng, bits, group, T, V, D, multiprocessors):
     states, h = normed(rng, T, D)
     w, bias, y = Weights(rng, bits, group, V, D), rng.standard_normal(V).astype(np.float32), unwritten((T, V), np.float32)
-    every.head(*states, *w.arguments, bias, y, T, D, V, w.workspace(every, T, multiprocessors))
+    kernels.head(*states, *w.arguments, bias, y, T, D, V, w.workspace(kernels, T, multiprocessors))
     close(y.array, h, w.exact, bias, 3e-4)  # near the middle of two halves, the kernel's input may be the other one
+
+
+@GROUPS
+@pytest.mark.parametrize("T, V, D, multiprocessors", SHAPES)
+def test_head(kernels, rng, bits, group, T, V, D, multiprocessors):
+    check_head(kernels, rng, bits, group, T, V, D, multiprocessors)
+
+
+@pytest.mark.parametrize("bits, group", [(16, 0), (8, 72), (4, 128)])
+@pytest.mark.parametrize("T, V, D, multiprocessors", [SHAPES[i] for i in (0, 3, 4, 7)])
+def test_head_on_older_cards(older, rng, bits, group, T, V, D, multiprocessors):
+    check_head(older, rng, bits, group, T, V, D, multiprocessors)
 
 
 @GROUPS
@@ -137,8 +146,8 @@ def test_linear_in(kernels, rng, bits, group, orders, T, D, I, multiprocessors):
         inout(np.full((T, D + I), 7, np.float16), np.arange(D + I) < np.full((T, 1), D)),
     )
     kernels.linear_in(*states, *w.arguments, bias, qkv, both, T, D, I, w.workspace(kernels, T, multiprocessors))
-    close(qkv.array, h, w.exact[: 3 * D], 0, 5e-4)
-    close(both.array[:, D:], h, w.exact[3 * D :], bias, 5e-4, reference.gelu_new)
+    close(qkv.array, h, w.exact[: 3 * D], 0, 1e-3)
+    close(both.array[:, D:], h, w.exact[3 * D :], bias, 1e-3, reference.gelu_new)
     assert (both.array[:, :D] == 7).all()
 
 
