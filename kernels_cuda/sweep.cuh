@@ -30,12 +30,13 @@ struct BlockTensors {
 struct HeadTensors {
     const float *norm_weight, *norm_bias, *bias;
     Matrix weight;
-    int64_t rows;
+    int64_t first, rows;  // of lm_head's; `bias` is theirs, too
 };
 
 struct ModelSizes {
     int64_t D, I, V, heads, rotary, context;       // context: tokens that a cache has room for
     int64_t bits, group, ordered, head_bits, head_group, cache_bits;
+    int64_t head_part;                             // rows of lm_head that are there at a time, at most; V where all are
     const float* angles;                           // (2, context, rotary / 2)
     double eps;
 
@@ -75,7 +76,8 @@ inline int64_t space_bytes(const ModelSizes& m, int64_t T, int64_t R, int64_t pl
     int64_t most = std::max(top_k_workspace(R, m.V, TOP_MOST), attention_workspace(m.of_heads(), T, places));
     for (int64_t t = 1; t <= T; t++)  // fewer tokens may be divided into more slices
         most = std::max(most, std::max(linear_workspace(t, 3 * m.D + m.I, m.D), linear_workspace(t, m.D, m.D + m.I)));
-    for (int64_t r = 1; r <= R; r++) most = std::max(most, linear_workspace(r, m.V, m.D));
+    for (int64_t r = 1; r <= R; r++)
+        most = std::max(most, std::max(linear_workspace(r, m.V, m.D), linear_workspace(r, m.head_part, m.D)));
     return (char*)Space(m, T, R, nullptr).work - (char*)nullptr + most;
 }
 
@@ -93,11 +95,11 @@ inline void run_blocks(const ModelSizes& m, const BlockTensors* blocks, int64_t 
     }
 }
 
-// Logits (R, h.rows) of rows of the state.
-inline void run_head(const ModelSizes& m, const HeadTensors& h, const int32_t* rows, int64_t R, float* logits, const Space& s, cudaStream_t stream) {
+// Rows h.first to h.first + h.rows - 1 of lm_head's in s.logits, for the states that `rows` says.
+inline void run_head(const ModelSizes& m, const HeadTensors& h, const int32_t* rows, int64_t R, const Space& s, cudaStream_t stream) {
     const Weights w{(int)m.head_bits, h.weight.q, h.weight.scale, h.weight.zero, nullptr, 0, h.rows, m.D, m.head_group};
     launch_rows(s.x, rows, s.rows, R, m.D, stream);
-    launch_head(s.rows, m.norm(h.norm_weight, h.norm_bias), w, h.bias, logits, R, m.D, h.rows, s.work, stream);
+    launch_head(s.rows, m.norm(h.norm_weight, h.norm_bias), w, h.bias, s.logits + h.first, R, m.D, m.V, s.work, stream);
 }
 
 // The k likeliest after each of R rows of s.logits: values (R, k), then ids (R, k). Of each row, the logits of the ids from start[r]

@@ -20,14 +20,20 @@ from .weights import open_weights
 
 
 def load(
-    folder: str | Path, device: str = "auto", context: int = 2048, ram: str | int | None = None, kv_cache: str = "fp16"
+    folder: str | Path,
+    device: str = "auto",
+    context: int = 2048,
+    ram: str | int | None = None,
+    kv_cache: str = "fp16",
+    vram: str | int | None = None,
 ) -> Moss:
     """Open a converted checkpoint for use.
 
     device: ``"auto"``, ``"cpu"`` or ``"cuda"``. context: the tokens to keep room for, prompt and answer together; at most
     n_ctx are, since the model was never trained beyond. ram: the most memory to use, in bytes or like ``"6GiB"``; weights that
     do not fit are read from disk for every sweep; None: what is available less a margin. kv_cache: ``"fp16"`` or ``"int8"``, in
-    what the keys and values of tokens are kept. Raises MossError where the folder, the device, the budget or this machine's
+    what the keys and values of tokens are kept. vram: the most of a GPU's memory, besides what CUDA itself takes there; weights
+    that do not fit wait in RAM, or on disk, and are brought for every sweep; None: what is free less a margin. Raises MossError where the folder, the device, the budget or this machine's
     setup is at fault. The first call on a machine compiles for minutes, and says so on stderr.
     """
     if context < 2:
@@ -35,7 +41,7 @@ def load(
     weights = open_weights(folder)
     tokenizer = load_tokenizer(folder)
     context = min(context, weights.config.n_ctx)
-    on = open_device(weights, context, ram, kv_cache, device)
+    on = open_device(weights, context, ram, kv_cache, device, vram)
     return Moss(Model(weights, context, kv_cache=kv_cache, device=on), tokenizer)
 
 
@@ -58,6 +64,11 @@ class Moss:
     def kv_cache(self) -> str:
         """In what keys and values are kept: ``"fp16"`` or ``"int8"``."""
         return self.model.kv_cache
+
+    @property
+    def gpu_peak(self) -> int | None:
+        """The most of the GPU's memory that was taken since the model was loaded, bytes, as its driver says; None on a CPU."""
+        return self.model.device.peak if self.model.on_gpu else None
 
     @property
     def cache_bytes(self) -> int:

@@ -56,7 +56,7 @@ class FakeMoss:
         self.calls: list[dict] = []
         self.cached: list[int] = []
         self.last_stats = Stats()
-        self.kv_cache, self.cache_bytes = "int8", 12_340_000
+        self.kv_cache, self.cache_bytes, self.gpu_peak = "int8", 12_340_000, None
 
     def chat(self, system: str | None = None) -> Conversation:
         return Conversation(self, system)

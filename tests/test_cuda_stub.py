@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from moss_jt.swap import smallest
+
 from .swap import models
 
 STUB = Path(os.environ.get("MOSS_CUDA_STUB", "/nonexistent"))
@@ -139,12 +141,12 @@ def test_several_ops_and_one_of_jittor_s_own(done):
 # ---- a model -----------------------------------------------------------------------------------------------------------------
 
 MODEL = r"""
-import json, os, sys
+import gc, json, os, sys
 import numpy as np
 from moss_jt import cudart
 from moss_jt.devices import open_device
 from moss_jt.model import Model, Request
-from moss_jt.sampling import Likeliest, Sampling
+from moss_jt.sampling import Sampling
 from moss_jt.weights import open_weights
 
 def mark(text):
@@ -152,8 +154,13 @@ def mark(text):
         log.write(f"--- {text}\n")
 
 weights = open_weights(sys.argv[1])
+vram, ram = (int(size) if size != "None" else None for size in sys.argv[2:])
+mark("import")
+from moss_jt.runtime import jittor
+jittor("cuda")
+before = cudart.memory_info()[0]
 mark("load")
-device = open_device(weights, 64, kv_cache="int8", device="cuda")
+device = open_device(weights, 64, ram, kv_cache="int8", device="cuda", vram=vram)
 model = Model(weights, 64, kv_cache="int8", device=device)
 ids, greedy = np.arange(20), Sampling(greedy=True)
 mark("prompt")
@@ -162,51 +169,85 @@ mark("token")
 ((one,),) = model.evaluate([Request(model.sequence, np.arange(21), 1, greedy)])
 mark("token again")
 model.evaluate([Request(model.sequence, np.arange(22), 1, Sampling(seed=0))])
+mark("many rows")
+rows = model.logits(np.arange(30, 55), 20)
 mark("batch")
 cache = model.cache(3)
 batch = model.evaluate([Request(s, ids[: 5 + s.place], 2, greedy) for s in cache.sequences])
-mark("many rows")
-rows = model.logits(np.arange(30, 55), 20)
 mark("freed")
-used = cudart.memory_info()
+peak, plan, streams, disk = device.peak, device.plan, model.streams, len(device.weights.from_disk)
+used = cudart.memory_info()[0]
 del model, device, cache
-import gc; gc.collect()
+gc.collect()
 mark("end")
 print(json.dumps({
-    "logits": list(logits.shape), "one": [type(one).__name__, list(one.ids.shape)],
-    "batch": [len(b) for b in batch], "rows": list(rows.shape), "freed": cudart.memory_info()[0] - used[0],
+    "logits": list(logits.shape), "one": [type(one).__name__, list(one.ids.shape)], "batch": [len(b) for b in batch],
+    "rows": list(rows.shape), "freed": cudart.memory_info()[0] - used, "peak": peak, "planned": plan.peak, "streams": streams,
+    "streamed": plan.streamed_blocks, "ranges": plan.head_ranges(), "slot": plan.slot, "disk": disk,
 }))
 """
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    weights = models.write(tmp_path_factory.mktemp("stub-model") / "model", "int4", "int8")
+def run_model(weights, vram=None, ram=None) -> tuple[dict, dict]:
+    """What the program answers, and for each of its marks what the stubs wrote."""
     log = weights.folder.parent / "log"
+    log.unlink(missing_ok=True)
     env = {**os.environ, "LD_LIBRARY_PATH": str(STUB / "lib64"), "nvcc_path": str(STUB / "bin/nvcc"), "MOSS_STUB_LOG": str(log)}
-    ran = subprocess.run([sys.executable, "-c", MODEL, str(weights.folder)], env=env, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", MODEL, str(weights.folder), str(vram), str(ram)]
+    ran = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
     assert ran.returncode == 0
     parts = re.split(r"^--- (.+)\n", log.read_text(), flags=re.MULTILINE)
-    return weights, json.loads(ran.stdout.splitlines()[-1]), dict(zip(parts[1::2], parts[2::2]))
+    return json.loads(ran.stdout.splitlines()[-1]), dict(zip(parts[1::2], parts[2::2]))
 
 
-def test_a_model_s_weights_go_to_the_device_once(model):
-    weights, answer, log = model
-    files = [region.nbytes for name, region in weights.regions.items() if name != "wte.safetensors"]
-    copied = [int(size) for size in re.findall(r"copy kind 1 (\d+)", log["load"])]
-    assert [size for size in copied if size in files] == files
-    later = [int(size) for part in ("prompt", "token", "token again") for size in re.findall(r"copy kind 1 (\d+)", log[part])]
-    assert sum(later) < 10_000
-    assert answer["freed"] > sum(files)
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """1.5 MB a block, beside which what a page takes is little."""
+    sizes = {"n_embd": 512, "n_head": 4, "n_layer": 6}
+    return models.write(tmp_path_factory.mktemp("stub-model") / "model", "int4", "int8", **sizes)
 
 
-def test_a_token_is_issued_at_once_and_little_comes_back(model):
-    weights, answer, log = model
+@pytest.fixture(scope="module")
+def resident(weights):
+    return run_model(weights)
+
+
+def copied(log: str, kind: int) -> list[int]:
+    return [int(size) for size in re.findall(rf"copy kind {kind} (\d+)", log)]
+
+
+def test_a_model_s_weights_go_to_the_device_once(weights, resident):
+    answer, log = resident
+    held = sum(region.nbytes for name, region in weights.regions.items() if name != "wte.safetensors")
+    assert held <= sum(copied(log["load"], 1)) < 1.05 * held
+    assert sum(copied(log["prompt"] + log["token"] + log["token again"], 1)) < 10_000
+    assert answer["freed"] > held and not answer["streams"] and answer["disk"] == 0
+
+
+def test_a_token_is_issued_at_once_and_little_comes_back(weights, resident):
+    answer, log = resident
     assert answer["logits"] == [2100] and answer["rows"] == [20, 2100] and answer["batch"] == [2, 2, 2]
     assert answer["one"] == ["Likeliest", [1]]
+    for part, enough in (("token", 1), ("token again", 40)):
+        assert copied(log[part], 2) == [2 * enough * 4]  # the likeliest tokens and their logits
+        assert 4 * weights.config.n_layer < log[part].count("launch") < 8 * weights.config.n_layer + 12
+        assert "malloc" not in log[part] and "pinned" not in log[part]
+
+
+@pytest.mark.parametrize("ram", [None, 6 << 20], ids=["pinned", "some from disk"])
+def test_streamed(weights, ram):
+    """Each streamed part is one copy a sweep, on a stream of its own; a slot's next copy waits for the kernels that read it, and
+    kernels wait for its copy."""
+    least = smallest(weights.config, weights.coding, 64, "int8", gpu=True)
+    answer, log = run_model(weights, least + 2_000_000, ram)
+    assert answer["streams"] and answer["streamed"] and answer["peak"] <= answer["planned"] <= least + 2_000_000
+    assert (answer["disk"] > 0) == (ram is not None)
+    parts = len(answer["streamed"]) + len(answer["ranges"])
     for part in ("token", "token again"):
-        back = [int(size) for size in re.findall(r"copy kind 2 (\d+)", log[part])]
-        assert len(back) == 1 and back[0] <= 2 * 40 * 4  # the likeliest tokens and their logits
-        launches = log[part].count("launch")
-        assert 4 * weights.config.n_layer < launches < 8 * weights.config.n_layer + 12
-        assert "malloc" not in log[part]
+        over = re.findall(r"copy kind 1 (\d+) stream (0x[0-9a-f]+)", log[part])
+        assert len(over) == parts and len({stream for _, stream in over}) == 1
+        assert all(int(size) <= answer["slot"] for size, _ in over)
+        stream = over[0][1]
+        assert log[part].count(f"wait stream {stream}") == parts
+        assert log[part].count("wait stream (nil)") == parts
+        assert "malloc" not in log[part] and "pinned" not in log[part]

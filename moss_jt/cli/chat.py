@@ -26,6 +26,7 @@ def command(
     system: str | None,
     context: int,
     kv_cache: str,
+    vram: int | None,
     ram: int | None,
     device: str,
     saved: str | None,
@@ -37,7 +38,7 @@ def command(
         raise MossError("standard input is closed, so there is no message to answer")
     check_options(settings)
     system = None if system is None else system_text(system)
-    moss = load_model(model, device, context, ram, kv_cache)
+    moss = load_model(model, device, context, ram, kv_cache, vram)
     session = Session(moss, system, saved, settings, stats)
     if session.interactive:
         ui.note(f"MOSS · {Path(model).resolve().name} · context {moss.context}")

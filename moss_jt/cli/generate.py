@@ -28,6 +28,7 @@ def command(
     system: str | None,
     context: int,
     kv_cache: str,
+    vram: int | None,
     ram: int | None,
     device: str,
     raw: bool,
@@ -44,7 +45,7 @@ def command(
     text = text if raw else text.strip()
     if not text:
         raise MossError("the prompt is empty")
-    moss = load_model(model, device, context, ram, kv_cache)
+    moss = load_model(model, device, context, ram, kv_cache, vram)
     settings["stop"] = _stops(moss, stop)
     pieces = moss.generate(text, **settings) if raw else moss.chat(system).send(text, **settings)
     with closing(pieces):

@@ -24,6 +24,7 @@ class _Size(click.ParamType):
 SIZE = _Size()
 CONTEXT = click.option("--context", type=click.IntRange(2), default=2048, show_default=True, help="Tokens to keep room for.")
 RAM = click.option("--ram", type=SIZE, metavar="SIZE", help="Most memory to use, like 6GiB.  [default: what can be spared]")
+VRAM = click.option("--vram", type=SIZE, metavar="SIZE", help="Most of a GPU's memory to use.  [default: what can be spared]")
 KV_CACHE = click.option(
     "--kv-cache", type=click.Choice(KV_CACHES), default="fp16", show_default=True, help="In what keys and values are kept."
 )

@@ -80,11 +80,15 @@ def stats(moss: Any) -> None:
     read = s.prompt_tokens - s.cached_tokens
     note(f"  prefill {read} tokens + {s.cached_tokens} cached, {s.prefill_seconds:.2f} s, {s.prefill_tokens_s:.1f} tokens/s")
     note(f"  decode {s.new_tokens} tokens, {s.decode_seconds:.2f} s, {s.decode_tokens_s:.1f} tokens/s")
-    note(f"  KV cache {moss.cache_bytes / 1e6:.1f} MB in {moss.kv_cache}{_memory()}")
+    note(f"  KV cache {moss.cache_bytes / 1e6:.1f} MB in {moss.kv_cache}{_memory()}{_gpu_memory(moss)}")
 
 
 def turns(count: int) -> str:
     return "1 turn" if count == 1 else f"{count} turns"
+
+
+def _gpu_memory(moss: Any) -> str:
+    return "" if moss.gpu_peak is None else f"; of the GPU's, peak {moss.gpu_peak / 1e9:.2f} GB"
 
 
 def _memory() -> str:

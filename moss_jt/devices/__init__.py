@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 
 from .. import cuda
-from ..cudart import OutOfDeviceMemory
+from ..cudart import OutOfDeviceMemory, memory_info
 from ..errors import MossError
 from ..runtime import jittor
-from ..swap import plan_for
+from ..sizes import parse_size
+from ..swap import make_plan, plan_for, smallest, spare_memory
+from ..swap.plan import in_mib, too_small
 from ..weights import Weights
 from .gpu import Cuda
 from .host import Host
@@ -17,23 +19,46 @@ from .sweep import Sweep
 __all__ = ["Cuda", "Host", "Sweep", "open_device", "wants_gpu"]
 
 
-def open_device(
-    weights: Weights, context: int, ram: str | int | None = None, kv_cache: str = "fp16", device: str = "auto"
-) -> Cuda | Host:
-    """The GPU where it is wanted, can be used and has room for the model; else the CPU, within a budget of ``ram``.
+_SPARED = 256 << 20  # of the device's memory, left to others where no budget is given
 
-    device: ``"auto"``, ``"cpu"`` or ``"cuda"``. With auto, a line on stderr says why a GPU that is there is not used. Raises
-    MossError, before anything is compiled where that can be known, for what is at fault.
+
+def open_device(
+    weights: Weights,
+    context: int,
+    ram: str | int | None = None,
+    kv_cache: str = "fp16",
+    device: str = "auto",
+    vram: str | int | None = None,
+) -> Cuda | Host:
+    """The GPU where it is wanted and can be used, within a budget of ``vram``; else the CPU, within a budget of ``ram``.
+
+    device: ``"auto"``, ``"cpu"`` or ``"cuda"``. vram: bytes, or a size like ``"6GiB"``, besides what CUDA itself takes; None:
+    what is free less a margin. On a GPU ``ram`` is the most for weights that do not fit there; what is beyond comes from disk.
+    With auto, a line on stderr says why a GPU that is there is not used. Raises MossError, before anything is compiled where
+    that can be known, for what is at fault.
     """
+    if vram is not None and not wants_gpu(device):
+        raise MossError("a budget of VRAM is given, but the CPU computes: there is no GPU, or --device is cpu")
     plan = None if wants_gpu(device) else plan_for(weights, context, ram, kv_cache)
     if jittor(device).has_cuda and device != "cpu":
         try:
-            return Cuda(weights, context, kv_cache)
+            return _gpu(weights, context, ram, kv_cache, vram)
         except OutOfDeviceMemory as e:
-            if device == "cuda":
+            if device == "cuda" or vram is not None:
                 raise MossError(f"device cuda: {e}") from None
             print(f"moss-jt: using the CPU: {e}", file=sys.stderr)
     return Host(weights, context, plan or plan_for(weights, context, ram, kv_cache), kv_cache)
+
+
+def _gpu(weights: Weights, context: int, ram: str | int | None, kv_cache: str, vram: str | int | None) -> Cuda:
+    model, free = (weights.config, weights.coding, context), memory_info()[0]
+    budget = parse_size(vram) if vram is not None else max(0, free - _SPARED)
+    if budget > free:
+        raise OutOfDeviceMemory(f"a budget of {in_mib(budget)} of its memory is more than the {in_mib(free)} that are free")
+    if vram is None and budget < smallest(*model, kv_cache, gpu=True):
+        raise OutOfDeviceMemory(too_small(*model, f"the {in_mib(budget)} of its memory that can be spared", kv_cache, gpu=True))
+    pinned = parse_size(ram) if ram is not None else spare_memory()
+    return Cuda(weights, make_plan(*model, budget, kv_cache, gpu=True), pinned)
 
 
 def wants_gpu(device: str) -> bool:

@@ -26,37 +26,41 @@ _BLOCK = np.dtype(
     + [(name, "u8") for name in ("keys", "values", "key_scales", "value_scales")]
 )
 _HEAD = np.dtype(
-    [(name, "u8") for name in ("ln_f.weight", "ln_f.bias", "lm_head.bias")] + [("lm_head.weight", _MATRIX), ("rows", "i8")]
+    [(name, "u8") for name in ("ln_f.weight", "ln_f.bias", "lm_head.bias")]
+    + [("lm_head.weight", _MATRIX), ("first", "i8"), ("rows", "i8")]
 )
-_SIZES = ("D", "I", "V", "heads", "rotary", "context", "bits", "group", "ordered", "head_bits", "head_group", "cache_bits")
+_SIZES = (
+    *("D", "I", "V", "heads", "rotary", "context"),
+    *("bits", "group", "ordered", "head_bits", "head_group", "cache_bits", "head_part"),
+)
 _PENALTIES = np.dtype([("start", "i4", MOST_ROWS + 1), ("by", "f4", MOST_ROWS)])
 _MODEL = np.dtype([(name, "i8") for name in _SIZES] + [("angles", "u8"), ("eps", "f8")])
 
 
 # One op for all that is done: its kernels take a minute to compile.
-_BYTES, _BLOCKS, _LOGITS, _LIKELIEST = range(4)
+_BYTES, _BLOCKS, _HEADS, _LOGITS, _LIKELIEST = range(5)
 _SOURCE = """
 using namespace moss_cuda;
 const auto number = [&](const char* name) { return (int64_t)data[name]; };
 const auto at = [&](const char* name) { return reinterpret_cast<char*>((uintptr_t)number(name)); };
 const ModelSizes& model = *(const ModelSizes*)at("model");
 const Space space(model, number("tokens"), MOST_ROWS, at("space"));
-switch (number("what")) {
-case 0: {
+const int what = (int)number("what");
+const int64_t n = number("n"), R = number("R");
+if (what == 0) {
     const int64_t bytes = space_bytes(model, number("tokens"), MOST_ROWS, number("places"));
     check(cudaMemcpy(out_p, &bytes, 8, cudaMemcpyHostToDevice), "cudaMemcpy");
-    break;
+} else if (what == 1) {
+    run_blocks(model, (const BlockTensors*)at("table"), n, (const half*)at("embedded"), (const Sequence*)at("sequences"),
+               number("n_sequences"), number("T"), space, 0);
+} else {
+    const HeadTensors* heads = (const HeadTensors*)at("table");
+    for (int64_t i = 0; i < n; i++) run_head(model, heads[i], (const int32_t*)at("rows"), R, space, 0);
 }
-case 1:
-    run_blocks(model, (const BlockTensors*)at("blocks"), number("n"), (const half*)at("embedded"),
-               (const Sequence*)at("sequences"), number("n_sequences"), number("T"), space, 0);
-    break;
-case 2:
-    run_head(model, *(const HeadTensors*)at("head"), (const int32_t*)at("rows"), number("R"), out_p, space, 0);
-    break;
-case 3:
-    run_head(model, *(const HeadTensors*)at("head"), (const int32_t*)at("rows"), number("R"), space.logits, space, 0);
-    run_top(model, *(const Penalties*)at("penalties"), (const int32_t*)at("ids"), number("R"), number("k"), out_p, space, 0);
+if (what == 3) {
+    check(cudaMemcpyAsync(out_p, space.logits, 4 * R * model.V, cudaMemcpyDeviceToDevice, 0), "cudaMemcpyAsync");
+} else if (what == 4) {
+    run_top(model, *(const Penalties*)at("penalties"), (const int32_t*)at("ids"), R, number("k"), out_p, space, 0);
 }
 """
 
@@ -71,15 +75,19 @@ class Space(NamedTuple):
 class Sweeps:
     """The ops of a model whose tensors are on the device. ``context``: tokens that its caches have room for.
 
-    ``angles``: the address of rotary_angles(context, …) there. Only tables are kept here; whoever allocated what they point to
-    keeps that, and whatever a method is given, until its result has been computed.
+    ``angles``: the address of rotary_angles(context, …) there. ``head_part``: rows of lm_head that are there at a time, at
+    most; None: all of them are. Only tables are kept here; whoever allocated what they point to keeps that, and whatever a
+    method is given, until its result has been computed.
     """
 
-    def __init__(self, config: Config, coding: Coding, context: int, angles: int, cache_bits: int = 16):
+    def __init__(
+        self, config: Config, coding: Coding, context: int, angles: int, cache_bits: int = 16, head_part: int | None = None
+    ):
         sizes = (config.n_embd, config.n_inner, config.vocab_size, config.n_head, config.rotary_dim, context)
         codes = (BITS[coding.dtype], coding.group, coding.ordered, BITS[coding.head_dtype], GROUP, cache_bits)
+        self._vocab = config.vocab_size
         self._first = jittor().array(np.zeros(1, np.float32))
-        self._model = np.array([(*sizes, *codes, angles, config.layer_norm_epsilon)], _MODEL)
+        self._model = np.array([(*sizes, *codes, head_part or self._vocab, angles, config.layer_norm_epsilon)], _MODEL)
 
     def space_bytes(self, tokens: int, places: int) -> int:
         """The work space that sweeps of up to ``tokens`` tokens of up to ``places`` sequences need."""
@@ -95,11 +103,12 @@ class Sweeps:
                 row[name] = address
         return table
 
-    def head(self, tensors: dict[str, int], rows: int) -> np.ndarray:
-        """ln_f and lm_head, or so many of its rows."""
-        table = np.zeros(1, _HEAD)
-        _fill(table[0], tensors)
-        table["rows"] = rows
+    def heads(self, parts: list[tuple[dict[str, int], int, int]]) -> np.ndarray:
+        """ln_f and parts of lm_head: the addresses of their tensors, the number of the first row, and how many there are."""
+        table = np.zeros(len(parts), _HEAD)
+        for row, (tensors, first, count) in zip(table, parts):
+            _fill(row, tensors)
+            row["first"], row["rows"] = first, count
         return table
 
     def blocks(
@@ -110,34 +119,39 @@ class Sweeps:
         embedded: float16 (T, D) in pinned memory; None: these blocks follow those that ``after``, their result, came from.
         Returns a Var that says no more than that they were.
         """
-        given = {"blocks": table, "sequences": sequences, "embedded": embedded}
+        given = {"table": table, "sequences": sequences, "embedded": embedded}
         counts = {"n": len(table), "n_sequences": len(sequences), "T": tokens}
         return self._run(1, _BLOCKS, space, after, given, **counts)
 
-    def logits(self, head: np.ndarray, rows: np.ndarray, space: Space, after) -> np.ndarray:
-        """float32 (R, V) of at most MOST_ROWS rows (int32) of the sweep whose result ``after`` is. Waits for them."""
-        count = int(head["rows"][0])
-        found = self._run(len(rows) * count, _LOGITS, space, after, {"head": head, "rows": rows}, R=len(rows))
-        return found.numpy().reshape(len(rows), count)
+    def compute(self, heads: np.ndarray, rows: np.ndarray, space: Space, after):
+        """Parts of the logits of at most MOST_ROWS rows (int32) of the sweep whose result ``after`` is; a Var as of blocks."""
+        return self._run(1, _HEADS, space, after, {"table": heads, "rows": rows}, n=len(heads), R=len(rows))
+
+    def logits(self, heads: np.ndarray, rows: np.ndarray, space: Space, after) -> np.ndarray:
+        """float32 (R, V), once these last parts are computed, too. Waits for them."""
+        given = {"table": heads, "rows": rows}
+        found = self._run(len(rows) * self._vocab, _LOGITS, space, after, given, n=len(heads), R=len(rows))
+        return found.numpy().reshape(len(rows), self._vocab)
 
     def likeliest(
-        self, head: np.ndarray, rows: np.ndarray, k: int, penalties: np.ndarray, ids: int, space: Space, after
+        self, heads: np.ndarray, rows: np.ndarray, k: int, penalties: np.ndarray, ids: int, space: Space, after
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k highest logits of each of the rows, float32 (R, k), and their ids, int32 (R, k). Waits for them.
+        """In place of all logits the k highest of each row, float32 (R, k), and their ids, int32 (R, k). Waits for them.
 
         penalties: from ``penalties``; ids: the address on the device of those that it is about.
         """
-        given = {"head": head, "rows": rows, "penalties": penalties}
-        found = self._run(2 * len(rows) * k, _LIKELIEST, space, after, given, ids=ids, R=len(rows), k=k).numpy()
-        logits, ids = found.reshape(2, len(rows), k)
-        return logits, ids.view(np.int32)
+        given = {"table": heads, "rows": rows, "penalties": penalties}
+        counts = {"n": len(heads), "R": len(rows), "k": k}
+        found = self._run(2 * len(rows) * k, _LIKELIEST, space, after, given, ids=ids, **counts).numpy()
+        logits, chosen = found.reshape(2, len(rows), k)
+        return logits, chosen.view(np.int32)
 
     def _run(self, size: int, what: int, space: Space, after=None, given: dict | None = None, **numbers: float):
         """What it takes and gives has one dimension throughout: Jittor compiles an op again for every other number of them."""
         addresses = {name: 0 if array is None else array.ctypes.data for name, array in (given or {}).items()}
-        numbers = {**addresses, **numbers, "model": self._model.ctypes.data, "space": space.address, "tokens": space.tokens}
+        numbers = {"n": 0, "R": 0, **addresses, **numbers, "what": what, "space": space.address, "tokens": space.tokens}
         inputs = [self._first if after is None else after]
-        data = {**numbers, "what": what}
+        data = {**numbers, "model": self._model.ctypes.data}
         return jittor().code((size,), "float32", inputs, cuda_header=source(), cuda_src=_SOURCE, data=data)
 
 

@@ -10,7 +10,7 @@ from .plan import CHUNK, Plan, in_mib, make_plan, smallest, too_small
 from .resident import Resident
 from .streamed import Streamed
 
-__all__ = ["CHUNK", "Plan", "Resident", "Streamed", "lender", "make_plan", "plan_for", "smallest"]
+__all__ = ["CHUNK", "Plan", "Resident", "Streamed", "lender", "make_plan", "plan_for", "smallest", "spare_memory"]
 
 # Left to the rest of the machine where no budget is given.
 _MARGIN, _LEAST_MARGIN = 0.1, 512 << 20
@@ -28,7 +28,13 @@ def plan_for(weights: Weights, context: int, ram: str | int | None = None, kv_ca
     available, least = machine.memory().available, smallest(*model, kv_cache)
     if available < least:
         raise MossError(too_small(*model, f"the {in_mib(available)} of memory that is available", kv_cache))
-    return make_plan(*model, max(least, available - max(int(_MARGIN * available), _LEAST_MARGIN)), kv_cache)
+    return make_plan(*model, max(least, spare_memory()), kv_cache)
+
+
+def spare_memory() -> int:
+    """Bytes of RAM that are available, less a margin for the rest of the machine; 0 where there are none."""
+    available = machine.memory().available
+    return max(0, available - max(int(_MARGIN * available), _LEAST_MARGIN))
 
 
 def lender(weights: Weights, plan: Plan | None) -> Resident | Streamed:

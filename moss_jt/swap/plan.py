@@ -1,7 +1,8 @@
-"""The plan: what lives in memory and what is read from disk for every sweep, so that a budget is kept. Pure arithmetic.
+"""The plan: what lives in memory and what is brought there for every sweep, so that a budget is kept. Pure arithmetic.
 
-A budget bounds the peak of what the operating system counts as this process's memory: the program itself, its work space,
-the cache, the weights that are resident, and the slots that streamed ones take turns in.
+A budget of RAM bounds the peak of what the operating system counts as this process's memory: the program itself, its work
+space, the cache, the weights that are resident, and the slots that streamed ones take turns in, which come from disk. A
+budget of VRAM bounds the same on a GPU, but for what CUDA itself takes there; what is streamed comes over the link.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ _HEAD_PART = 64 * MIB  # of lm_head, where it alone is streamed: large enough fo
 # Python, numpy, Jittor and its compiled ops were measured to take 75 MiB before the first token; more on other systems.
 _PROGRAM = 128 * MIB
 _LOGITS = 8  # positions whose logits are wanted together, as for drafts; more are the caller's memory
+# On a GPU: what Jittor's pools hold of ops' small results, and the sums of products that are divided among its processors.
+_POOLS, _SUMS = 48 * MIB, 96 * MIB
+_GPU_ROWS = 16  # positions whose logits are computed together
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What this machine was measured to do: bytes a second read from memory and from disk, fp32 operations a second."""
+    """What this machine was measured to do: bytes a second read from memory and from disk, fp32 operations a second. Of a
+    GPU: its own memory, the link to it in place of the disk, and fp16 operations."""
 
     memory: float
     disk: float
@@ -69,6 +74,7 @@ class Plan:
     part_rows: int  # of the others, how many are read together
     slot: int  # the size of each slot; 0 where nothing is streamed
     kv_cache: str = "fp16"  # in what keys and values are kept
+    gpu: bool = False  # whether the budget is of VRAM, and what is streamed comes over the link
 
     @property
     def slots(self) -> int:
@@ -90,9 +96,9 @@ class Plan:
     @cached_property
     def memory(self) -> dict[str, int]:
         """What takes how much of the budget, at most."""
-        s = _Sizes(self.config, self.coding, self.context, self.kv_cache)
+        s = _Sizes(self.config, self.coding, self.context, self.kv_cache, self.gpu)
         return {
-            "program": _PROGRAM,
+            "Jittor" if self.gpu else "program": s.program,
             "work space": s.work,
             "KV cache": s.cache,
             "blocks": self.blocks.count(RESIDENT) * s.block,
@@ -145,7 +151,8 @@ class Plan:
         arithmetic = [2 * step.numbers * tokens / speeds.arithmetic for step in self.steps]
         disk = [step.disk / speeds.disk for step in self.steps]
         seconds = sweep_seconds(list(map(max, memory, arithmetic)), disk, self.slots)
-        return Expected(tokens / seconds, max((sum(disk), "disk"), (sum(memory), "memory"), (sum(arithmetic), "arithmetic"))[1])
+        link = "link" if self.gpu else "disk"
+        return Expected(tokens / seconds, max((sum(disk), link), (sum(memory), "memory"), (sum(arithmetic), "arithmetic"))[1])
 
 
 def sweep_seconds(computing: list[float], reading: list[float], slots: int) -> float:
@@ -165,44 +172,41 @@ def sweep_seconds(computing: list[float], reading: list[float], slots: int) -> f
     return now - before
 
 
-def make_plan(config: Config, coding: Coding, context: int, budget: int, kv_cache: str = "fp16") -> Plan:
-    """The plan that reads least from disk with a peak of at most ``budget`` bytes.
+def make_plan(config: Config, coding: Coding, context: int, budget: int, kv_cache: str = "fp16", gpu: bool = False) -> Plan:
+    """The plan that streams least with a peak of at most ``budget`` bytes, of RAM or of a GPU's memory.
 
     coding: how the weights are stored. context: tokens to keep a cache for; kv_cache: in what, fp16 or int8.
     Raises MossError where the budget is too small, with the smallest that works and what would make that smaller.
     """
-    sizes = _Sizes(config, coding, context, kv_cache)
+    sizes = _Sizes(config, coding, context, kv_cache, gpu)
     fitting = [placed for placed in _placements(sizes, budget - sizes.fixed) if placed.fits]
     if not fitting:
-        raise MossError(too_small(config, coding, context, f"a budget of {in_mib(budget)}", kv_cache))
+        raise MossError(too_small(config, coding, context, f"a budget of {in_mib(budget)}", kv_cache, gpu))
     best = min(fitting, key=lambda placed: placed.streamed)
     head = (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block
     blocks = _spread(config.n_layer - best.blocks, config.n_layer, head)
-    return Plan(config, coding, context, budget, blocks, best.head_rows, best.part_rows, best.slot, kv_cache)
+    return Plan(config, coding, context, budget, blocks, best.head_rows, best.part_rows, best.slot, kv_cache, gpu)
 
 
-def smallest(config: Config, coding: Coding, context: int, kv_cache: str = "fp16") -> int:
+def smallest(config: Config, coding: Coding, context: int, kv_cache: str = "fp16", gpu: bool = False) -> int:
     """The smallest budget that works."""
-    sizes = _Sizes(config, coding, context, kv_cache)
+    sizes = _Sizes(config, coding, context, kv_cache, gpu)
     return sizes.fixed + min(-placed.left for placed in _placements(sizes, 0))
 
 
 class _Sizes:
     """What things take in memory."""
 
-    def __init__(self, config: Config, coding: Coding, context: int, kv_cache: str):
-        d, inner, v = config.n_embd, config.n_inner, config.vocab_size
-        self.n_layer, self.vocab = config.n_layer, v
+    def __init__(self, config: Config, coding: Coding, context: int, kv_cache: str, gpu: bool):
+        self.n_layer, self.vocab = config.n_layer, config.vocab_size
         self.block = parts.whole(block_tensors(config, coding)).room
         self._head = head_tensors(config, coding)
-        self.head = self.head_rows(v)
+        self.head = self.head_rows(self.vocab)
         self.head_rest = _bytes(t for t in self._head if not parts.belongs(t, "lm_head.weight"))
         self.cache = config.cache_bytes_per_token(kv_cache) * context
-        # The first product's result, the second's inputs, and some states, in fp32, for every token of a chunk; twice, because
-        # Jittor keeps what chunks of other lengths had. Measured: 20 to 29 states' worth; this is 32 where the MLP is 4 wide.
-        activations = min(CHUNK, context) * 4 * (2 * (3 * d + inner) + 2 * (d + inner) + 8 * d)
-        self.work = activations + 2 * _LOGITS * v * 4 + context * config.rotary_dim * 4 + 16 * MIB
-        self.fixed = _PROGRAM + self.work + self.cache + self.head_rest
+        self.program = _POOLS if gpu else _PROGRAM
+        self.work = _gpu_work(config, context) if gpu else _cpu_work(config, context)
+        self.fixed = self.program + self.work + self.cache + self.head_rest
 
     def head_rows(self, count: int) -> int:
         """Memory for this many rows of lm_head."""
@@ -211,6 +215,22 @@ class _Sizes:
     def rows_in(self, room: int) -> int:
         """Rows of lm_head that fit, all or a multiple of ROWS."""
         return self.vocab if self.head <= room else parts.rows_that_fit(self._head, "lm_head.weight", room) // ROWS * ROWS
+
+
+def _cpu_work(c: Config, context: int) -> int:
+    """Work space: the first product's result, the second's inputs, and some states, in fp32, for every token of a chunk; twice,
+    because Jittor keeps what chunks of other lengths had. Measured: 20 to 29 states' worth; this is 32 where the MLP is 4 wide.
+    """
+    activations = min(CHUNK, context) * 4 * (2 * (3 * c.n_embd + c.n_inner) + 2 * (c.n_embd + c.n_inner) + 8 * c.n_embd)
+    return activations + 2 * _LOGITS * c.vocab_size * 4 + context * c.rotary_dim * 4 + 16 * MIB
+
+
+def _gpu_work(c: Config, context: int) -> int:
+    """Work space as sweep.cuh divides it, for one sequence: the state, q k v, attention and MLP, logits, and the inputs of a
+    product in the order of its weights; twice the logits, because an op gives them to Jittor."""
+    activations = min(CHUNK, context) * (10 * c.n_embd + 2 * (c.n_embd + c.n_inner) + 4 * (c.n_embd + c.n_inner))
+    logits = 4 * _GPU_ROWS * (2 * c.vocab_size + c.n_embd + context)
+    return activations + logits + _SUMS + context * c.rotary_dim * 4
 
 
 @dataclass(frozen=True)
@@ -253,11 +273,11 @@ def _spread(streamed: int, blocks: int, head: float) -> tuple[str, ...]:
     return tuple(STREAMED if i in chosen else RESIDENT for i in range(blocks))
 
 
-def too_small(config: Config, coding: Coding, context: int, what: str, kv_cache: str) -> str:
+def too_small(config: Config, coding: Coding, context: int, what: str, kv_cache: str, gpu: bool = False) -> str:
     """Says that ``what`` is too small, what would do, and what would need less."""
 
     def needs(coding: Coding, context: int, kv_cache: str = kv_cache) -> str:
-        return in_mib(smallest(config, coding, context, kv_cache))
+        return in_mib(smallest(config, coding, context, kv_cache, gpu))
 
     ways = [f"{needs(coding, context // 4)} with a context of {context // 4}"] if context >= 256 else []
     if kv_cache == "fp16":

@@ -6,19 +6,18 @@ import weakref
 from collections.abc import Hashable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 
 from ..weights import Weights
-from ..weights.layout import HEAD_FILE, WTE_FILE, block_file
-from ..weights.store import Region, arrays
-from . import parts
+from ..weights.layout import WTE_FILE
+from ..weights.store import arrays
 from .host import Rows, as_vars
 from .parts import Part
 from .plan import Plan
-from .reader import File, Worker, allocate
+from .reader import Worker, allocate
 from .ring import Ring
+from .sources import Source, sources
 
 
 class Streamed:
@@ -40,15 +39,15 @@ class Streamed:
         bias = self._small["lm_head.bias"]
         beside = {(a, b): {**norm, **as_vars({"lm_head.bias": bias[a:b]})} for a, b in self._head}
 
-        sources = _sources(weights, self._head)
-        streamed = {item: sources.pop(item) for item in (*self._blocks, *self._ranges)}
+        found = sources(weights, self._head)
+        streamed = {item: found.pop(item) for item in (*self._blocks, *self._ranges)}
         slots = [_Memory(plan.slot, {item: s.part for item, s in streamed.items()}, beside) for _ in range(plan.slots)]
         worker = Worker("moss-jt reads weights")
         self.close = weakref.finalize(self, worker.close)  # when called, or when this is no longer used, or at the end
         self._ring = Ring(slots, _Disk(worker, streamed))
         self.expect(head=True)
-        self._resident = {item: _Memory(s.part.room, {item: s.part}, beside) for item, s in sources.items()}
-        for item, source in sources.items():
+        self._resident = {item: _Memory(s.part.room, {item: s.part}, beside) for item, s in found.items()}
+        for item, source in found.items():
             source.fetch(self._resident[item].bytes)
 
     def expect(self, head: bool) -> None:
@@ -92,39 +91,10 @@ class _Memory:
         return found
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where a part is read from: a file, and where in it the data starts."""
-
-    file: File
-    start: int
-    part: Part
-
-    def fetch(self, memory: np.ndarray) -> None:
-        at = 0
-        for span in self.part.spans:
-            self.file.read(self.start + span.offset, memory[at : at + span.room], span.nbytes)
-            at += span.room
-
-
-def _sources(weights: Weights, head_ranges: list[tuple[int, int]]) -> dict[Hashable, _Source]:
-    """Every part: the blocks, and lm_head in these ranges of rows."""
-
-    def source(region: Region, *those: Part) -> list[_Source]:
-        file = File(region.path)
-        return [_Source(file, region.start, part) for part in those]
-
-    regions = [weights.regions[block_file(i)] for i in range(weights.config.n_layer)]
-    found: dict[Hashable, _Source] = {i: source(r, parts.whole(r.tensors))[0] for i, r in enumerate(regions)}
-    head = weights.regions[HEAD_FILE]
-    cut = [parts.rows(head.tensors, "lm_head.weight", *rows) for rows in head_ranges]
-    return {**found, **dict(zip(head_ranges, source(head, *cut)))}
-
-
 class _Disk:
     """The ring's carrier: reads parts in a thread of its own."""
 
-    def __init__(self, worker: Worker, sources: dict[Hashable, _Source]):
+    def __init__(self, worker: Worker, sources: dict[Hashable, Source]):
         self._worker, self._sources = worker, sources
 
     def start(self, slot: _Memory, item: Hashable) -> Future:

@@ -19,10 +19,11 @@ WRAPPERS = """
 #include "sweep.cuh"
 // Addresses as numbers are of the host's memory.
 ModelSizes the_model;
+int64_t logits(int64_t T) { return (char*)Space(the_model, T, MOST_ROWS, nullptr).logits - (char*)nullptr; }
 int64_t bytes(int64_t T, int64_t R, int64_t places) { return space_bytes(the_model, T, R, places); }
 void model(int64_t D, int64_t I, int64_t V, int64_t heads, int64_t rotary, int64_t context, int64_t bits, int64_t head_bits,
            int64_t cache_bits) {
-    the_model = {D, I, V, heads, rotary, context, bits, 128, 0, head_bits, 128, cache_bits, nullptr, 1e-5};
+    the_model = {D, I, V, heads, rotary, context, bits, 128, 0, head_bits, 128, cache_bits, V, nullptr, 1e-5};
 }
 void block(const half* embedded, const float* angles, const float* norm_weight, const float* norm_bias, const float* in_bias,
            const float* out_bias, const void* in, const half* in_scale, const uint8_t* in_zero, const void* out,
@@ -35,10 +36,9 @@ void block(const half* embedded, const float* angles, const float* norm_weight, 
     run_blocks(m, &b, 1, embedded, (const Sequence*)sequences, n, T, Space(m, most, MOST_ROWS, (char*)at), 0);
 }
 void head(const float* norm_weight, const float* norm_bias, const float* bias, const void* q, const half* scale,
-          const uint8_t* zero, int64_t rows, int64_t R, float* logits, void* at, int64_t most) {
-    const HeadTensors h = {norm_weight, norm_bias, bias, {q, scale, zero, nullptr}, the_model.V};
-    const Space space(the_model, most, MOST_ROWS, (char*)at);
-    run_head(the_model, h, (const int32_t*)rows, R, logits ? logits : space.logits, space, 0);
+          const uint8_t* zero, int64_t first, int64_t count, int64_t rows, int64_t R, void* at, int64_t most) {
+    const HeadTensors h = {norm_weight, norm_bias, bias, {q, scale, zero, nullptr}, first, count};
+    run_head(the_model, h, (const int32_t*)rows, R, Space(the_model, most, MOST_ROWS, (char*)at), 0);
 }
 void likeliest(int64_t by, int64_t starts, const int32_t* ids, int64_t R, int64_t k, float* out, void* at, int64_t most) {
     Penalties p = {};
@@ -80,23 +80,34 @@ class Emulated:
             given = embedded if i == 0 else None
             args = (given, angles, *vectors, *matrices, *parts, table.ctypes.data, len(table), len(ids), self.space, MOST)
             self.kernels.block(*args)
-        logits = unwritten((len(rows), c.vocab_size), np.float32)
-        self._head(rows, logits)
-        return logits.array
+        self._head(np.array(rows, np.int32))
+        at, count = self.kernels.logits(MOST), len(rows) * c.vocab_size
+        return self.space.array[at:][: 4 * count].view(np.float32).reshape(len(rows), -1).copy()
 
-    def _head(self, rows, logits) -> None:
-        h = self.weights.head()
-        vectors = [h[name] for name in ("ln_f.weight", "ln_f.bias", "lm_head.bias")]
-        rows = np.array(rows, np.int32)
-        self.kernels.head(*vectors, *_parts(h, "lm_head.weight"), rows.ctypes.data, len(rows), logits, self.space, MOST)
+    def _head(self, rows: np.ndarray) -> None:
+        """In two parts, the first of 48 rows."""
+        h, vocab = self.weights.head(), self.weights.config.vocab_size
+        norm = [h[name] for name in ("ln_f.weight", "ln_f.bias")]
+        for first, end in ((0, 48), (48, vocab)):
+            parts = [
+                part if part is None else part[_panels(part, h, first) : _panels(part, h, end)]
+                for part in _parts(h, "lm_head.weight")
+            ]
+            given = (*norm, h["lm_head.bias"][first:end], *parts, first, end - first)
+            self.kernels.head(*given, rows.ctypes.data, len(rows), self.space, MOST)
 
     def likeliest(self, rows, k: int, seen: list[np.ndarray], by: list[float]) -> tuple[np.ndarray, np.ndarray]:
-        self._head(rows, None)
+        self._head(np.array(rows, np.int32))
         starts, ids = np.cumsum([0, *map(len, seen)]).astype(np.int32), np.concatenate([*seen, [0]]).astype(np.int32)
         out = unwritten((2, len(rows), k), np.float32)
         by = np.array(by, np.float32)
         self.kernels.likeliest(by.ctypes.data, starts.ctypes.data, ids, len(rows), k, out, self.space, MOST)
         return out.array[0], out.array[1].view(np.int32)
+
+
+def _panels(part: np.ndarray, head: dict, row: int) -> int:
+    """Where a row of lm_head is in what it is stored as: whole panels, in fp16 rows."""
+    return row if "lm_head.weight" in head else min(len(part), -(-row // 16))
 
 
 def _parts(tensors: dict, name: str) -> list:

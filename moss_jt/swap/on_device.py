@@ -1,0 +1,223 @@
+"""Weights on a GPU: some are there for good, the others come over the link for every sweep, ahead of their use.
+
+What is streamed waits in pinned host memory, where there is RAM for it, and is one copy a block, on a stream of its own; the
+rest is read from disk into pinned memory first, by a thread, while the part before it is copied. The ring decides what comes
+when (ring.py); events keep a slot from being overwritten while a kernel still reads it, and from being read too early.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Hashable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+
+import numpy as np
+
+from .. import cudart
+from ..weights import Weights
+from .parts import Part
+from .plan import Plan
+from .reader import Worker
+from .ring import Ring
+from .sources import Source, sources
+
+_STAGED = 2  # pinned buffers that what comes from disk takes turns in: one is read into while the other is copied
+
+
+class OnDevice:
+    """Lends the addresses of weights on the device: block by block, and lm_head in ranges of rows.
+
+    Parts are known by their block's number, or by their rows (first, end) of lm_head.
+    """
+
+    def __init__(self, weights: Weights, plan: Plan, pinned: int):
+        """``pinned``: the most host memory for streamed weights. Raises MossError where a file cannot be read,
+        OutOfDeviceMemory where a budget is more than there is."""
+        self.resident_blocks = len(plan.blocks) - len(plan.streamed_blocks)
+        self._blocks, self._ranges = plan.streamed_blocks, plan.head_ranges()
+        self._head = [(0, plan.head_rows), *self._ranges] if plan.head_rows else self._ranges
+        self._norm, self._bias, self._memory = _small(weights)
+        found = sources(weights, self._head)
+        streamed = {item: found.pop(item) for item in (*self._blocks, *self._ranges)}
+        self.from_disk = _beyond(streamed, pinned)
+        loader = _Loader(max(s.part.room for s in (*found.values(), *streamed.values())))
+        self._resident = {item: loader.to_device(source) for item, source in found.items()}
+        waiting = {item: loader.to_pinned(s) for item, s in streamed.items() if item not in self.from_disk}
+        loader.finish()
+        self._sources = {**found, **streamed}
+        self._ring = None
+        if plan.streams:
+            disk = {item: streamed[item] for item in self.from_disk}
+            link = _Link(waiting, disk)
+            self.close = weakref.finalize(self, link.close)
+            self._ring = Ring([_Slot(plan.slot) for _ in range(plan.slots)], link)
+            self.expect(head=True)
+
+    @property
+    def streams(self) -> bool:
+        return self._ring is not None
+
+    def expect(self, head: bool) -> None:
+        """A sweep begins: all blocks are lent next, each once and in order, and then, if ``head``, lm_head. What comes at the
+        beginning of the next sweep is brought during the end of this one."""
+        if items := [*self._blocks, *(self._ranges if head else ())]:
+            self._ring.follow(items)
+
+    def is_resident(self, i: int) -> bool:
+        return i in self._resident
+
+    @contextmanager
+    def block(self, i: int) -> Iterator[dict[str, int]]:
+        """The addresses of block i's tensors. What uses them must have been issued when the loan ends."""
+        with self._at(i) as base:
+            yield addresses(self._sources[i].part, base)
+
+    def head(self) -> Iterator[tuple[dict[str, int], int, int]]:
+        """The addresses of ln_f's and lm_head's tensors, the first of its rows, and how many: some at a time, in order."""
+        for first, end in self._head:
+            with self._at((first, end)) as base:
+                bias = {"lm_head.bias": self._bias + 4 * first}
+                yield {**self._norm, **bias, **addresses(self._sources[first, end].part, base)}, first, end - first
+
+    @contextmanager
+    def _at(self, item: Hashable) -> Iterator[int]:
+        if item in self._resident:
+            yield self._resident[item].pointer
+        else:
+            with self._ring.lend(item) as slot:
+                yield slot.memory.pointer
+
+
+def addresses(part: Part, base: int) -> dict[str, int]:
+    """Where a part's tensors are, in memory that starts at ``base``."""
+    found = {}
+    for span in part.spans:
+        at = base + span.shift
+        for t in span.tensors:
+            found[t.name] = at
+            at += t.nbytes
+        base += span.room
+    return found
+
+
+def _small(weights: Weights) -> tuple[dict[str, int], int, cudart.Memory]:
+    """The addresses of ln_f's tensors and of lm_head's whole bias, and the memory that they are in."""
+    head = {name: np.array(a) for name, a in weights.head().items() if not name.startswith("lm_head.weight")}
+    memory, at, found = cudart.Memory(sum(a.nbytes for a in head.values())), 0, {}
+    for name, array in head.items():
+        cudart.to_device(memory.pointer + at, array)
+        found[name] = memory.pointer + at
+        at += array.nbytes
+    return found, found.pop("lm_head.bias"), memory
+
+
+def _beyond(streamed: dict[Hashable, Source], pinned: int) -> set[Hashable]:
+    """The streamed parts for which there is no room in so much pinned memory. Spread over the sweep, so that while one comes
+    from disk others come from memory."""
+    if sum(s.part.room for s in streamed.values()) <= pinned:
+        return set()
+    left = pinned - _STAGED * max(s.part.room for s in streamed.values())
+    fitting = 0
+    for source in streamed.values():
+        left -= source.part.room
+        fitting += left >= 0
+    items, count = list(streamed), max(0, fitting)
+    kept = {int((k + 0.5) * len(items) / count) for k in range(count)}
+    return {item for k, item in enumerate(items) if k not in kept}
+
+
+class _Slot:
+    """Memory that streamed parts take turns in. ``free``: when every use before is over; ``filled``: when the copy is there."""
+
+    def __init__(self, nbytes: int):
+        self.memory = cudart.Memory(nbytes)
+        self.free, self.filled = cudart.Event(), cudart.Event()
+
+
+class _Link:
+    """The ring's carrier. Copies are carried out in the order in which they were started, since they are put into one stream
+    in that order: by a thread, where some come from disk."""
+
+    def __init__(self, waiting: dict[Hashable, np.ndarray], disk: dict[Hashable, Source]):
+        self._waiting, self._disk = waiting, disk
+        self._stream = cudart.Stream()
+        self._worker = Worker("moss-jt brings weights") if disk else None
+        room = max((s.part.room for s in disk.values()), default=0)
+        self._staged = deque((cudart.pinned(room), cudart.Event()) for _ in range(_STAGED if disk else 0))
+
+    def start(self, slot: _Slot, item: Hashable) -> _Arrival:
+        if self._worker:
+            return _Arrival(slot, self._worker.start(self._bring, slot, item))
+        self._copy(slot, self._waiting[item])
+        return _Arrival(slot, None)
+
+    def release(self, slot: _Slot) -> None:
+        slot.free.record()
+
+    def close(self) -> None:
+        if self._worker:
+            self._worker.close()
+        self._stream.synchronize()
+
+    def _bring(self, slot: _Slot, item: Hashable) -> None:
+        if item in self._waiting:
+            self._copy(slot, self._waiting[item])
+            return
+        memory, copied = self._staged[0]
+        self._staged.rotate(-1)
+        copied.synchronize()
+        source = self._disk[item]
+        source.fetch(memory)
+        self._copy(slot, memory[: source.part.room])
+        copied.record(self._stream)
+
+    def _copy(self, slot: _Slot, source: np.ndarray) -> None:
+        self._stream.wait(slot.free)
+        cudart.to_device(slot.memory.pointer, source, self._stream)
+        slot.filled.record(self._stream)
+
+
+class _Arrival:
+    """A copy into a slot that is on its way, or waits for the disk."""
+
+    def __init__(self, slot: _Slot, read: Future | None):
+        self._slot, self._read = slot, read
+
+    def result(self) -> None:
+        """What Jittor launches from now on begins when it is there. Raises what reading it raised."""
+        if self._read:
+            self._read.result()
+        self._slot.filled.wait_on_default()
+
+    def cancel(self) -> None:
+        if self._read:
+            self._read.cancel()
+
+
+class _Loader:
+    """Brings parts from their files at the beginning: one is read while the one before is copied."""
+
+    def __init__(self, room: int):
+        self._halves = [(cudart.pinned(room), cudart.Event()) for _ in range(2)]
+
+    def to_device(self, source: Source) -> cudart.Memory:
+        memory = cudart.Memory(source.part.room)
+        staged, copied = self._halves[0]
+        self._halves.reverse()
+        copied.synchronize()
+        source.fetch(staged)
+        cudart.to_device(memory.pointer, staged[: source.part.room])
+        copied.record()
+        return memory
+
+    def to_pinned(self, source: Source) -> np.ndarray:
+        memory = cudart.pinned(source.part.room)
+        source.fetch(memory)
+        return memory
+
+    def finish(self) -> None:
+        """The staging memory may go once nothing reads it any more."""
+        cudart.synchronize()
+        self._halves.clear()
