@@ -33,8 +33,10 @@ def load(
     n_ctx are, since the model was never trained beyond. ram: the most memory to use, in bytes or like ``"6GiB"``; weights that
     do not fit are read from disk for every sweep; None: what is available less a margin. kv_cache: ``"fp16"`` or ``"int8"``, in
     what the keys and values of tokens are kept. vram: the most of a GPU's memory, besides what CUDA itself takes there; weights
-    that do not fit wait in RAM, or on disk, and are brought for every sweep; None: what is free less a margin. Raises MossError where the folder, the device, the budget or this machine's
-    setup is at fault. The first call on a machine compiles for minutes, and says so on stderr.
+    that do not fit wait in RAM, or on disk, and are brought for every sweep; None: what is free less a margin.
+
+    Raises MossError where the folder, the device, a budget or this machine's setup is at fault. The first call on a machine
+    compiles for minutes, and says so on stderr.
     """
     if context < 2:
         raise MossError(f"context is {context}, it must be 2 or more")

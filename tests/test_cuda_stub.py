@@ -236,8 +236,8 @@ def test_a_token_is_issued_at_once_and_little_comes_back(weights, resident):
 
 @pytest.mark.parametrize("ram", [None, 6 << 20], ids=["pinned", "some from disk"])
 def test_streamed(weights, ram):
-    """Each streamed part is one copy a sweep, on a stream of its own; a slot's next copy waits for the kernels that read it, and
-    kernels wait for its copy."""
+    """Each streamed part is one copy a sweep, on a stream of its own; a slot's next copy waits for the kernels that read it,
+    and kernels wait for its copy."""
     least = smallest(weights.config, weights.coding, 64, "int8", gpu=True)
     answer, log = run_model(weights, least + 2_000_000, ram)
     assert answer["streams"] and answer["streamed"] and answer["peak"] <= answer["planned"] <= least + 2_000_000
