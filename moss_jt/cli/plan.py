@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ..sizes import gib
-from .size import CONTEXT, KV_CACHE, RAM
+from .size import CONTEXT, KV_CACHE, RAM, SIZE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,23 +22,33 @@ if TYPE_CHECKING:
 @click.command("plan")
 @click.argument("folder", type=click.Path(path_type=Path))
 @RAM
+@click.option("--vram", type=SIZE, metavar="SIZE", help="Plan for a GPU, with so much of its memory.")
 @CONTEXT
 @KV_CACHE
 @click.option("--measure/--no-measure", default=None, help="Measure speeds again, or not at all.  [default: once a day]")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def command(folder: Path, ram: int | None, context: int, kv_cache: str, measure: bool | None, as_json: bool) -> None:
+def command(
+    folder: Path, ram: int | None, vram: int | None, context: int, kv_cache: str, measure: bool | None, as_json: bool
+) -> None:
     """Say where the converted checkpoint in FOLDER would live here, what a token moves, and how fast that would be."""
-    from ..swap import plan_for
-    from ..swap.speeds import measured
+    from ..swap import make_plan, plan_for
+    from ..swap.speeds import measured, of_link
     from ..weights import open_weights
 
+    if ram and vram:
+        raise click.UsageError("a plan is of RAM or of a GPU's memory: give --ram or --vram")
     weights = open_weights(folder)
-    plan = plan_for(weights, min(context, weights.config.n_ctx), ram, kv_cache)
-    speeds = None if measure is False else measured(folder, afresh=bool(measure))
+    context = min(context, weights.config.n_ctx)
+    if vram:
+        plan = make_plan(weights.config, weights.coding, context, vram, kv_cache, gpu=True)
+        speeds = of_link() if measure is not False and plan.streams else None
+    else:
+        plan = plan_for(weights, context, ram, kv_cache)
+        speeds = None if measure is False else measured(folder, afresh=bool(measure))
     if as_json:
         click.echo(json.dumps({"folder": str(folder), **_as_json(plan, speeds)}, ensure_ascii=False, indent=1))
     else:
-        _draw(folder, plan, speeds, "--ram" if ram else "what can be spared here")
+        _draw(folder, plan, speeds, "--vram" if vram else "--ram" if ram else "what can be spared here")
 
 
 def _as_json(plan: Plan, speeds: Speeds | None) -> dict:
@@ -53,10 +64,10 @@ def _as_json(plan: Plan, speeds: Speeds | None) -> dict:
         "lm_head": {"rows": plan.config.vocab_size, "resident_rows": plan.head_rows, "streamed": plan.head_ranges()},
         "slots": plan.slots,
         "slot": plan.slot,
-        "bytes_per_token": {"disk": plan.disk_bytes, "memory": plan.memory_bytes},
-        "speeds": speeds and asdict(speeds),
+        "bytes_per_token": {"link" if plan.gpu else "disk": plan.disk_bytes, "memory": plan.memory_bytes},
+        "speeds": speeds and {name: speed for name, speed in asdict(speeds).items() if isfinite(speed)},
         "decode": speeds and asdict(plan.decode(speeds)),
-        "prefill": speeds and asdict(plan.prefill(speeds)),
+        "prefill": (speeds and not plan.gpu and asdict(plan.prefill(speeds))) or None,
     }
 
 
@@ -91,6 +102,8 @@ def _places(plan: Plan, budget: str) -> Table:
     for name, size in plan.memory.items():
         table.add_row(name, where.get(name, ""), gib(size) if size else "")
     table.add_row("wte", "on disk, a row is read for each token", "", end_section=True)
+    if plan.gpu and plan.streams:
+        table.add_row("in RAM", f"{gib(plan.disk_bytes)} of streamed weights, as far as there is room; the rest on disk", "")
     table.add_row("peak", f"of {gib(plan.budget)}, {budget}", gib(plan.peak), style="bold")
     return table
 
@@ -113,13 +126,15 @@ def _head(plan: Plan) -> str:
 def _moved(plan: Plan, speeds: Speeds | None) -> Table:
     """What a token costs, and what may be hoped for."""
     table = _table()
-    rows = [("read from disk", plan.disk_bytes, speeds and speeds.disk)] if plan.streams else []
-    for name, moved, speed in [*rows, ("read from memory", plan.memory_bytes, speeds and speeds.memory)]:
-        at = f", at {speed / 1e9:.1f} GB/s {moved / speed:.2f} s" if speed else ""
+    brought, read = ("over the link", "read from its memory") if plan.gpu else ("read from disk", "read from memory")
+    rows = [(brought, plan.disk_bytes, speeds and speeds.disk)] if plan.streams else []
+    for name, moved, speed in [*rows, (read, plan.memory_bytes, speeds and speeds.memory)]:
+        at = f", at {speed / 1e9:.1f} GB/s {moved / speed:.2f} s" if speed and isfinite(speed) else ""
         table.add_row(name, f"{moved / 1e9:.2f} GB a token{at}")
     if speeds:
         table.add_row("decode", _expected(plan.decode(speeds)), style="bold")
-        table.add_row("prefill", _expected(plan.prefill(speeds)), style="bold")
+        if not plan.gpu:
+            table.add_row("prefill", _expected(plan.prefill(speeds)), style="bold")
     return table
 
 

@@ -9,7 +9,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from .. import machine
+from .. import cuda, machine
+from ..errors import MossError
 from .plan import Speeds
 
 _DAY = 24 * 3600
@@ -27,6 +28,15 @@ def measured(folder: Path, afresh: bool = False) -> Speeds:
     now = Speeds(machine.memory_bandwidth(), machine.disk_bandwidth(folder), arithmetic())
     _write(file, {**known, key: {**asdict(now), "at": time.time()}})
     return now
+
+
+def of_link() -> Speeds | None:
+    """Of a GPU, only its link, measured now; the rest counts as no limit, since what is streamed hides it. None where there is
+    no GPU to measure."""
+    try:
+        return Speeds(float("inf"), cuda.link_bandwidth()[0], float("inf"))
+    except MossError:
+        return None
 
 
 def arithmetic() -> float:

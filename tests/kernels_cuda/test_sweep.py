@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moss_jt.config import Config
 from moss_jt.ops.rotary import rotary_angles
 from moss_jt.ops.sweep import MOST_ROWS
 from moss_jt.sampling import likeliest, penalised
-from moss_jt.weights.layout import BITS
+from moss_jt.swap.plan import CHUNK, make_plan
+from moss_jt.weights.layout import BITS, Coding
 
 from .. import dequantise, reference
 from ..emulation.build import build, unwritten
@@ -19,6 +21,7 @@ WRAPPERS = """
 #include "sweep.cuh"
 // Addresses as numbers are of the host's memory.
 ModelSizes the_model;
+void card(int64_t multiprocessors) { device().multiprocessors = (int)multiprocessors; }
 int64_t logits(int64_t T) { return (char*)Space(the_model, T, MOST_ROWS, nullptr).logits - (char*)nullptr; }
 int64_t bytes(int64_t T, int64_t R, int64_t places) { return space_bytes(the_model, T, R, places); }
 void model(int64_t D, int64_t I, int64_t V, int64_t heads, int64_t rotary, int64_t context, int64_t bits, int64_t head_bits,
@@ -127,6 +130,17 @@ def _state(weights) -> dict:
     for i in range(weights.config.n_layer):
         found.update({f"transformer.h.{i}.{theirs}": weights.block(i)[ours] for ours, theirs in names.items()})
     return dequantise.official_state(weights, found)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 14, 46, 82, 132, 200])
+def test_the_plan_leaves_room_for_the_work_space(kernels, multiprocessors):
+    """Whatever the card, and of which shape the model is."""
+    for d, heads, inner, vocab, context in ((6144, 24, 24576, 107008, 2048), (1024, 8, 4096, 50000, 512), (64, 4, 72, 300, 24)):
+        config = Config(2, d, heads, inner, d // heads, context, vocab)
+        kernels.card(multiprocessors)
+        kernels.model(d, inner, vocab, heads, d // heads, context, 4, 8, 16)
+        plan = make_plan(config, Coding("int4", "int8"), context, 1 << 50, gpu=True)
+        assert kernels.bytes(min(CHUNK, context), MOST_ROWS, 1) + 4 * MOST_ROWS * context <= plan.memory["work space"]
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ def models(draw) -> tuple[Config, Coding, int, str]:
     return config, coding, draw(st.integers(2, 2048)), draw(st.sampled_from(KV_CACHES))
 
 
-def planned(model: tuple[Config, Coding, int, str], budget: int) -> Plan:
-    return make_plan(*model[:3], budget, model[3])
+def planned(model: tuple[Config, Coding, int, str], budget: int, gpu: bool = False) -> Plan:
+    return make_plan(*model[:3], budget, model[3], gpu)
 
 
 def nbytes(tensors) -> int:
@@ -238,3 +238,37 @@ def test_a_budget_is_taken_at_its_word(monkeypatch):
     assert plan_for(weights, 2048, "6GiB", "int8").memory["KV cache"] == 2048 * 424_320
     with pytest.raises(MossError, match="'lots' is not a size"):
         plan_for(weights, 2048, "lots")
+
+
+# ---- a GPU's memory ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(models(), shares)
+def test_a_gpu_s_budget_is_kept(model, share):
+    config, coding, context, kv_cache = model
+    least = smallest(config, coding, context, kv_cache, gpu=True)
+    with pytest.raises(MossError, match="is too small for this model"):
+        planned(model, least - 1, gpu=True)
+    most = planned(model, 1 << 60, gpu=True).peak
+    plan = planned(model, least + int(share * (most - least)), gpu=True)
+    assert plan.gpu and plan.peak <= plan.budget
+    larger = planned(model, plan.budget + 64 * MIB, gpu=True)
+    assert larger.disk_bytes <= plan.disk_bytes + 1e5 * len(plan.head_ranges())
+
+
+@pytest.mark.parametrize("coding, gib", [(PLAIN, 4), (Coding("int8", "int8"), 3), (Coding("int4", "int8"), 2.5)])
+def test_the_full_size_runs_on_small_cards(coding, gib):
+    """With 2048 tokens of context in fp16."""
+    plan = make_plan(MOON, coding, 2048, int(gib * GIB), gpu=True)
+    assert plan.streams and plan.memory["KV cache"] == 2048 * 835_584
+    assert plan.decode(Speeds(1e12, 25e9, 1e14)).limit == "link"
+
+
+def test_what_a_refused_gpu_budget_needs():
+    with pytest.raises(MossError) as e:
+        make_plan(MOON, PLAIN, 2048, 3 * GIB, gpu=True)
+    needed = [parse_size(size) for size in re.findall(r"\d+MiB", str(e.value))[1:]]
+    contexts = [(PLAIN, 2048, "fp16"), (PLAIN, 512, "fp16"), (PLAIN, 2048, "int8")]
+    for size, (coding, context, kv_cache) in zip(needed, contexts):
+        assert make_plan(MOON, coding, context, size, kv_cache, gpu=True).peak <= size
