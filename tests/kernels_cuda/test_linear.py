@@ -21,8 +21,8 @@ void linear_in(const float* x, const float* norm_weight, const float* norm_bias,
     launch_linear_in(x, {norm_weight, norm_bias, 1e-5f}, w, bias, qkv, both, T, D, I, workspace, 0);
 }
 void linear_out(const half* both, int bits, const void* q, const half* scale, const uint8_t* zero, const int32_t* order,
-                int orders, int n, int k, int group, const float* bias, const float* x, float* y, int64_t T, int64_t D, int64_t I,
-                uint8_t* workspace) {
+                int orders, int n, int k, int group, const float* bias, const float* x, float* y, int64_t T, int64_t D,
+                int64_t I, uint8_t* workspace) {
     launch_linear_out(both, {bits, q, scale, zero, order, orders, n, k, group}, bias, x, y, T, D, I, workspace, 0);
 }
 void linear_out_in_place(const half* both, int bits, const void* q, const half* scale, const uint8_t* zero,
