@@ -5,6 +5,8 @@
 // The norm is a kernel of its own: it moves 6 T D bytes, where each of a product's hundreds of blocks would read and norm all of x.
 // So a block of the model takes norm and product, attention, product and the sum of its slices: five launches.
 #pragma once
+#include <algorithm>
+
 #include "linear_few.cuh"
 #include "linear_many.cuh"
 
@@ -55,8 +57,7 @@ inline Division divide_many(int64_t T, int64_t N, int64_t K, int64_t multiproces
     return best;
 }
 
-inline Division divide(int64_t T, int64_t N, int64_t K) {
-    const Device card = device();
+inline Division divide(const Device& card, int64_t T, int64_t N, int64_t K) {
     if (card.arch < 750) return divide_few(std::min<int64_t>(T, 8), N, K, card.multiprocessors);
     return T <= 32 ? divide_few(T, N, K, card.multiprocessors) : divide_many(T, N, K, card.multiprocessors);
 }
@@ -86,7 +87,7 @@ void launch_many(const W& w, const Inputs& x, const Panels& panels, int slice, c
 template <class W>
 void launch_product(const W& w, const half* x, int64_t T, const Panels& panels, float* partial, const After& after,
                     cudaStream_t stream) {
-    const Division d = divide(T, w.n, w.k);
+    const Division d = divide(device(), T, w.n, w.k);
     const int slice = (int)(ceil_div(ceil_div(w.groups, d.slices), W::BATCH) * W::BATCH), slices = (int)ceil_div(w.groups, slice);
     for (int64_t t = 0; t < T; t += d.tokens) {
         const int tokens = (int)std::min(d.tokens, T - t);
@@ -122,11 +123,16 @@ inline void launch_product(const Weights& w, const half* x, int64_t T, int64_t s
 // Of the workspace, inputs that have to be made or put in order come first, of up to two orders; then the sums of slices.
 inline int64_t inputs_bytes(int64_t T, int64_t K) { return ceil_div(2 * T * row_stride(K) * 2, 256) * 256; }
 
-// Bytes of workspace, from a multiple of 256 on, that a product of T tokens, N outputs and K inputs needs on the current device,
-// whatever its weights are. Its content does not matter, and is lost.
+// Bytes of workspace, from a multiple of 256 on, that a product of up to T tokens (fewer may have more slices), N outputs and K
+// inputs needs on the current device, whatever its weights are. Its content does not matter, and is lost.
 inline int64_t linear_workspace(int64_t T, int64_t N, int64_t K) {
-    const Division d = divide(T, N, K);
-    return inputs_bytes(T, K) + (d.slices > 1 ? d.slices * d.tokens * N * 4 : 0);
+    const Device card = device();
+    int64_t most = 0;
+    for (int64_t t = 1; t <= T; t++) {
+        const Division d = divide(card, t, N, K);
+        most = std::max(most, inputs_bytes(t, K) + (d.slices > 1 ? d.slices * d.tokens * N * 4 : 0));
+    }
+    return most;
 }
 
 inline float* partial_sums(void* workspace, int64_t T, int64_t K) { return (float*)((char*)workspace + inputs_bytes(T, K)); }

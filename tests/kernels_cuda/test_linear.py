@@ -128,6 +128,21 @@ def test_head(kernels, rng, bits, group, T, V, D, multiprocessors):
     check_head(kernels, rng, bits, group, T, V, D, multiprocessors)
 
 
+@pytest.mark.parametrize("N, K", [(6144, 30720), (43008, 6144), (300, 2056)])
+@pytest.mark.parametrize("multiprocessors", [1, 28, 132])
+def test_workspace_is_for_fewer_tokens_too(kernels, N, K, multiprocessors):
+    needed = [kernels.workspace(multiprocessors, T, N, K) for T in (1, 2, 8, 9, 32, 33, 64, 65, 128, 129, 192, 256, 257, 1024)]
+    assert needed == sorted(needed) and needed[0] >= 2 * K
+
+
+def test_head_with_a_workspace_for_more_tokens(kernels, rng):
+    T, V, D = 5, 40, 4104
+    states, h = normed(rng, T, D)
+    w, bias, y = Weights(rng, 8, 128, V, D), rng.standard_normal(V).astype(np.float32), unwritten((T, V), np.float32)
+    kernels.head(*states, *w.arguments, bias, y, T, D, V, w.workspace(kernels, 7, 60))
+    close(y.array, h, w.exact, bias, 3e-4)
+
+
 @pytest.mark.parametrize("bits, group", [(16, 0), (8, 72), (4, 128)])
 @pytest.mark.parametrize("T, V, D, multiprocessors", [SHAPES[i] for i in (0, 3, 4, 7)])
 def test_head_on_older_cards(older, rng, bits, group, T, V, D, multiprocessors):
