@@ -2,6 +2,7 @@
 // Only issues copies and launches, three or four a block; nothing waits.
 #pragma once
 #include <algorithm>
+#include <iterator>
 
 #include "attention.cuh"
 #include "embedding.cuh"
@@ -73,11 +74,10 @@ struct Space {
 
 // Bytes of it, from a multiple of 256 on, where the tokens are of up to `places` sequences.
 inline int64_t space_bytes(const ModelSizes& m, int64_t T, int64_t R, int64_t places) {
-    int64_t most = std::max(top_k_workspace(R, m.V, TOP_MOST), attention_workspace(m.of_heads(), T, places));
-    for (int64_t t = 1; t <= T; t++)  // fewer tokens may be divided into more slices
-        most = std::max(most, std::max(linear_workspace(t, 3 * m.D + m.I, m.D), linear_workspace(t, m.D, m.D + m.I)));
-    for (int64_t r = 1; r <= R; r++)
-        most = std::max(most, std::max(linear_workspace(r, m.V, m.D), linear_workspace(r, m.head_part, m.D)));
+    const int64_t needed[] = {linear_workspace(T, 3 * m.D + m.I, m.D), linear_workspace(T, m.D, m.D + m.I),
+                              linear_workspace(R, m.V, m.D),           linear_workspace(R, m.head_part, m.D),
+                              top_k_workspace(R, m.V, TOP_MOST),       attention_workspace(m.of_heads(), T, places)};
+    const int64_t most = *std::max_element(std::begin(needed), std::end(needed));
     return (char*)Space(m, T, R, nullptr).work - (char*)nullptr + most;
 }
 
