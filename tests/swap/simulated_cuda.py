@@ -1,0 +1,154 @@
+"""The calls of moss_jt/cudart.py on a device in memory, whose streams run at random speeds beside each other: what is not
+ordered by events happens in any order, and a copy's target holds garbage until its end."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Callable
+
+import numpy as np
+
+
+class OutOfDeviceMemory(Exception):
+    pass
+
+
+@dataclass
+class _Queue:
+    """A stream: steps that are carried out in order. A step is tried again until it says that it is done."""
+
+    steps: deque = field(default_factory=deque)
+
+
+class Simulated:
+    """In place of the module ``cudart``. ``seed``: of the streams' speeds. ``size``: bytes of the device's memory."""
+
+    OutOfDeviceMemory = OutOfDeviceMemory
+
+    def __init__(self, seed: int, size: int = 64 << 20):
+        self.memory = np.full(size, 0xEE, np.uint8)
+        self.taken = self.most_taken = 4096
+        self._random, self._lock = random.Random(seed), threading.RLock()
+        self._slow = self._random.choice([None, 0, 1])  # a stream that hardly gets anywhere
+        self._default = _Queue()
+        self._queues = [self._default]
+        self.fails: Callable[[], bool] = lambda: False
+        outer = self
+
+        class Memory:
+            def __init__(self, nbytes: int):
+                self.pointer, self.nbytes = outer.taken, nbytes
+                outer.taken += -(-max(1, nbytes) // 256) * 256
+                if outer.taken > size:
+                    raise OutOfDeviceMemory
+
+        class Stream(_Queue):
+            def __init__(self):
+                super().__init__()
+                outer._queues.append(self)
+
+            def wait(self, event) -> None:
+                outer._put(self, event.ticket().passed)
+
+            def synchronize(self) -> None:
+                outer._until(lambda: not self.steps)
+
+        class Event:
+            """``last``: what was recorded last."""
+
+            def __init__(self):
+                self.last = None
+
+            def ticket(self) -> _Ticket:
+                return self.last or _Ticket(done=True)
+
+            def record(self, stream=None) -> None:
+                self.last = _Ticket()
+                outer._put(stream or outer._default, self.last.pass_by)
+
+            def wait_on_default(self) -> None:
+                outer._put(outer._default, self.ticket().passed)
+
+            def synchronize(self) -> None:
+                outer._until(self.ticket().passed)
+
+        self.Memory, self.Stream, self.Event = Memory, Stream, Event
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        return np.zeros(nbytes, np.uint8)
+
+    def to_device(self, pointer: int, source: np.ndarray, stream=None) -> None:
+        if stream and self.fails():
+            raise RuntimeError("the copy cannot be started")
+        raw = source.reshape(-1).view(np.uint8)
+        if stream is None:  # from memory that the caller may change: it is taken now
+            raw = raw.copy()
+        target = self.memory[pointer : pointer + len(raw)]
+
+        def begin() -> bool:
+            target[:] = 0xEE
+            return True
+
+        def end() -> bool:
+            target[:] = raw
+            return True
+
+        self._put(stream or self._default, begin)
+        self._put(stream or self._default, end)
+
+    def use(self, pointer: int, expected: np.ndarray, wrong: list) -> None:
+        """A kernel on the default stream that reads what must be ``expected`` all the time."""
+        raw = np.ascontiguousarray(expected).reshape(-1).view(np.uint8).copy()
+
+        def check() -> bool:
+            if not np.array_equal(self.memory[pointer : pointer + len(raw)], raw):
+                wrong.append(pointer)
+            return True
+
+        for _ in range(3):
+            self._put(self._default, check)
+
+    def synchronize(self) -> None:
+        self._until(lambda: not any(queue.steps for queue in self._queues))
+
+    def _put(self, queue: _Queue, step: Callable[[], bool]) -> None:
+        with self._lock:
+            queue.steps.append(step)
+            for _ in range(self._random.randrange(4)):  # meanwhile the device goes on
+                self._advance()
+
+    def _advance(self) -> None:
+        queue = self._random.choice(self._queues)
+        if (
+            self._slow is not None
+            and queue is self._queues[min(self._slow, len(self._queues) - 1)]
+            and self._random.random() < 0.98
+        ):
+            return
+        if queue.steps and queue.steps[0]():
+            queue.steps.popleft()
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        for _ in range(1_000_000):
+            with self._lock:
+                if done():
+                    return
+                self._advance()
+        raise AssertionError("the streams wait for each other")
+
+
+@dataclass
+class _Ticket:
+    """A place in a stream that was recorded."""
+
+    done: bool = False
+
+    def pass_by(self) -> bool:
+        self.done = True
+        return True
+
+    def passed(self) -> bool:
+        return self.done

@@ -1,0 +1,138 @@
+"""Weights that are brought to a simulated GPU: whatever its timing, kernels read what they were lent."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moss_jt.swap import make_plan, on_device, smallest
+from moss_jt.swap.on_device import OnDevice
+
+from . import models
+from .simulated_cuda import Simulated
+
+CONTEXT = 24
+
+
+@pytest.fixture(scope="module", params=["fp16", "int4"])
+def weights(request, tmp_path_factory):
+    head = "fp16" if request.param == "fp16" else "int8"
+    return models.write(tmp_path_factory.mktemp("gpu") / "model", request.param, head, n_layer=7)
+
+
+def opened(weights, monkeypatch, seed: int, share: float, pinned: int) -> tuple[Simulated, OnDevice]:
+    """Within this share of what is missing from the smallest budget to everything."""
+    cuda, model = Simulated(seed), (weights.config, weights.coding, CONTEXT)
+    monkeypatch.setattr(on_device, "cudart", cuda)
+    least, most = smallest(*model, gpu=True), make_plan(*model, 1 << 40, gpu=True).peak
+    plan = make_plan(*model, least + int(share * (most - least)), gpu=True)
+    return cuda, OnDevice(weights, plan, pinned)
+
+
+def sweep(weights, cuda: Simulated, lender: OnDevice, head: bool, wrong: list, stop: int | None = None) -> None:
+    """Kernels that read all of every block, and of lm_head; up to block ``stop``."""
+    lender.expect(head)
+    for i in range(weights.config.n_layer):
+        with lender.block(i) as found:
+            if i == stop:
+                raise KeyError
+            for name, array in weights.block(i).items():
+                cuda.use(found[name], array, wrong)
+    whole = weights.head()
+    for found, first, count in lender.head() if head else ():
+        for name in ("ln_f.weight", "ln_f.bias"):
+            cuda.use(found[name], whole[name], wrong)
+        for name, address in found.items():
+            if name.startswith("lm_head"):
+                together = 16 if name.endswith((".q", ".scale", ".zero")) else 1
+                cuda.use(address, whole[name][first // together : -(-(first + count) // together)], wrong)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30),
+    share=st.sampled_from([0, 0.2, 0.5, 0.9, 1]),
+    pinned=st.sampled_from([0, 200_000, 1 << 30]),
+    sweeps=st.lists(st.tuples(st.booleans(), st.none() | st.integers(0, 6)), min_size=1, max_size=6),
+)
+def test_whatever_the_timing(weights, seed, share, pinned, sweeps):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        cuda, lender = opened(weights, monkeypatch, seed, share, pinned)
+        allocated, wrong = cuda.taken, []
+        assert lender.streams == (share < 1) and bool(lender.from_disk) == (lender.streams and pinned < 1 << 30)
+        for head, stop in sweeps:
+            if stop is None:
+                sweep(weights, cuda, lender, head, wrong)
+            else:
+                with pytest.raises(KeyError):
+                    sweep(weights, cuda, lender, head, wrong, stop)
+        cuda.synchronize()
+        assert not wrong and cuda.taken == allocated
+        if lender.streams:
+            lender.close()
+
+
+@pytest.mark.parametrize("mistake", ["no wait for the copy", "no wait for the kernels"])
+def test_a_mistake_would_be_seen(weights, monkeypatch, mistake):
+    """The same without one of the waits: the simulated device finds it."""
+    found = []
+    for seed in range(20):
+        with monkeypatch.context() as m:
+            if mistake == "no wait for the copy":
+                m.setattr(on_device._Arrival, "result", lambda self: None)
+            else:
+                m.setattr(on_device._Link, "release", lambda self, slot: None)
+            cuda, lender = opened(weights, m, seed, 0.2, 1 << 30)
+            for _ in range(3):
+                sweep(weights, cuda, lender, True, found)
+            cuda.synchronize()
+            lender.close()
+    assert found
+
+
+def test_a_copy_that_fails_ends_its_sweep_only(weights, monkeypatch):
+    cuda, lender = opened(weights, monkeypatch, 1, 0.2, 1 << 30)
+    wrong, failing = [], SimpleNamespace(left=0)
+
+    def fails() -> bool:
+        failing.left -= 1
+        return failing.left == 0
+
+    cuda.fails = fails
+    for after in (1, 2, 3, 5):
+        failing.left = after
+        with pytest.raises(RuntimeError, match="cannot be started"):
+            for _ in range(3):
+                sweep(weights, cuda, lender, True, wrong)
+        sweep(weights, cuda, lender, True, wrong)
+        sweep(weights, cuda, lender, False, wrong)
+    cuda.synchronize()
+    assert not wrong
+
+
+def test_a_disk_s_error_is_of_the_sweep_that_needed_it(weights, monkeypatch):
+    cuda, lender = opened(weights, monkeypatch, 2, 0.2, 0)
+    wrong, fetch, broken = [], on_device.Source.fetch, SimpleNamespace(now=True)
+
+    def failing(self, memory: np.ndarray) -> None:
+        if broken.now:
+            raise OSError("gone")
+        fetch(self, memory)
+
+    monkeypatch.setattr(on_device.Source, "fetch", failing)
+    with pytest.raises(OSError, match="gone"):
+        for _ in range(3):
+            sweep(weights, cuda, lender, True, wrong)
+    broken.now = False
+    with suppress(OSError):  # what was brought ahead meanwhile
+        sweep(weights, cuda, lender, True, wrong)
+    for _ in range(3):
+        sweep(weights, cuda, lender, True, wrong)
+    cuda.synchronize()
+    assert not wrong
+    lender.close()
