@@ -26,28 +26,28 @@ Advance = Callable[[int], None]  # told the number of bytes just written
 
 def write_tensor(file: BinaryIO, target: Tensor, bands: list[Band], advance: Advance) -> None:
     """Append ``target``'s bytes, cast to its dtype. Raises MossError for what cannot be read or cast, OSError for writing."""
-    for rows in (rows for band in bands for rows in _chunks(band)):
+    for rows in (rows for band in bands for rows in chunks(band)):
         parts = [cast(view.read(), view, target.dtype) for view in rows.views]
-        _append(file, parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1), advance)
+        append(file, parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1), advance)
 
 
 def write_quantised(file: BinaryIO, bits: int, group: int, bands: list[Band], advance: Advance) -> None:
     """Append a matrix rounded to 8 or 4 bits, ``group`` inputs sharing a scale. Raises as ``write_tensor`` does."""
-    rows = (rows for band in bands for rows in _chunks(band))
-    write_panels(file, in_panels(_in_order(partial(_quantised, bits, group), rows), bits), advance)
+    rows = (rows for band in bands for rows in chunks(band))
+    write_panels(file, in_panels(in_order(partial(_quantised, bits, group), rows), bits), advance)
 
 
 def write_panels(file: BinaryIO, panels: Iterable[Quantised], advance: Advance) -> None:
     """Append all of a matrix's q, then its scale, then its zero."""
     small = []
     for q, *scale_and_zero in panels:
-        _append(file, q, advance)
+        append(file, q, advance)
         small.append(scale_and_zero)
     for parts in zip(*small):
-        _append(file, np.concatenate(parts), advance)
+        append(file, np.concatenate(parts), advance)
 
 
-def _append(file: BinaryIO, data: np.ndarray, advance: Advance) -> None:
+def append(file: BinaryIO, data: np.ndarray, advance: Advance) -> None:
     file.write(np.ascontiguousarray(data).data)
     advance(data.nbytes)
 
@@ -62,7 +62,7 @@ def _quantised(bits: int, group: int, rows: Band) -> Quantised:
     return Quantised(*map(np.concatenate, zip(*blocks)))
 
 
-def _in_order(work: Callable, items: Iterable) -> Iterator[Any]:
+def in_order(work: Callable, items: Iterable) -> Iterator[Any]:
     """``map`` by several threads (numpy lets others run while it computes), never more than an item each ahead."""
     threads = min(cores().usable, _MOST_THREADS)
     with ThreadPoolExecutor(threads) as pool:
@@ -75,7 +75,7 @@ def _in_order(work: Callable, items: Iterable) -> Iterator[Any]:
             yield ahead.popleft().result()
 
 
-def _chunks(band: Band) -> Iterator[Band]:
+def chunks(band: Band) -> Iterator[Band]:
     """Cut a band into runs of rows of about CHUNK bytes; not at all where its rows lie mixed, as when it is transposed."""
     total = band.views[0].shape[0]
     costs = [view.row_bytes for view in band.views]

@@ -7,12 +7,13 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from ..config import Config
+from ..config import KV_CACHES, Config
 from ..errors import MossError
 from ..weights import is_converted, open_weights
 from ..weights.layout import FORMAT, files_of
+from .gptq import Gptq, is_gptq
 from .mapping import official_shapes
-from .official import container_of, find_shards, open_official, problems
+from .official import Official, container_of, find_shards, open_official, problems
 
 
 def describe(folder: Path) -> dict:
@@ -23,14 +24,14 @@ def describe(folder: Path) -> dict:
     converted = is_converted(folder)
     config = Config.read(folder)
     found = _converted(folder, config) if converted else _official(folder)
-    per_token = config.cache_bytes_per_token
+    per_token = {kv_cache: config.cache_bytes_per_token(kv_cache) for kv_cache in KV_CACHES}
     return {
         "folder": str(folder),
         "kind": "converted" if converted else "official",
         "config": asdict(config),
         "parameters": sum(math.prod(shape) for shape in official_shapes(config).values()),
         "cache_bytes_per_token": per_token,
-        "cache_bytes_at_n_ctx": per_token * config.n_ctx,
+        "cache_bytes_at_n_ctx": {kv_cache: size * config.n_ctx for kv_cache, size in per_token.items()},
         **found,
     }
 
@@ -66,8 +67,17 @@ def _official(folder: Path) -> dict:
         "dtypes": dict(Counter(view.dtype for view in official.tensors.values())),
         **_files(folder, held),
         "tensors": {n: {"dtype": v.dtype, "shape": list(v.shape), "file": v.path.name} for n, v in official.tensors.items()},
-        "problems": problems(official),
+        **_quantised(official),
     }
+
+
+def _quantised(official: Official) -> dict:
+    wrong = problems(official)
+    if wrong or not is_gptq(official.tensors):
+        return {"problems": wrong}
+    gptq = Gptq(official.folder, official.config, official.tensors)
+    said = {"dtype": gptq.coding.dtype, "group_size": gptq.group, "act_order": gptq.act_order, "notes": gptq.notes}
+    return {"gptq": said, "problems": []}
 
 
 def _files(folder: Path, held: Counter | None = None) -> dict:

@@ -10,7 +10,7 @@ from ..errors import MossError
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SMALL = ["*.json", "merges.txt", "*.model"]
 # safetensors first: where a model has both, one of them is enough.
-_WEIGHTS = (["*.safetensors"], ["pytorch_model*.bin"])
+_WEIGHTS = (["*.safetensors"], ["pytorch_model*.bin", "gptq_model*.bin"])
 
 
 def locate(src: str | Path, revision: str | None, download: bool) -> Path:

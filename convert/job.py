@@ -1,4 +1,5 @@
-"""Writes a folder that appears complete or not at all, and goes on where it was stopped. docs/formats.md describes it."""
+"""Writes a folder, or a file, that appears complete or not at all, and goes on where it was stopped. docs/formats.md describes
+it."""
 
 from __future__ import annotations
 
@@ -7,16 +8,19 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, Callable
+from typing import BinaryIO, Callable, ClassVar
 
 from ..errors import MossError
 from .copy import Advance
+from .spill import SUFFIX
 
 RECORD = "convert.json"
+REPORT = "quantisation.json"  # only where something was calibrated
 _SMALL_FILES = 32 << 20  # bytes of disk set aside for what is written besides the weights: mostly the tokenizer's files
 
 # What file systems without locks answer, for example many clusters' Lustre: there it is up to the user not to run two at once.
@@ -34,7 +38,11 @@ class Job:
     files: dict[str, int]  # weights file -> bytes
     prepare: Callable[[Path], None]  # writes the small files into a folder
     write: Callable[[BinaryIO, str, Advance], None]  # writes one weights file
+    notes: Sequence[str] = ()  # what whoever asked for it should know, a line each
     keep_record: bool = True
+    spilled: int = 0  # bytes that take room only while it is written
+
+    single: ClassVar[bool] = False  # whether ``files`` are the parts of a single file
 
     @property
     def partial(self) -> Path:
@@ -47,8 +55,8 @@ class Job:
 
     @property
     def free(self) -> int:
-        """Bytes free for it, those of a file that was cut short included: they are written anew."""
-        unfinished = sum(p.stat().st_size for p in self.partial.glob("*.tmp"))
+        """Bytes free for it, those included that are written anew, or were spilled before."""
+        unfinished = sum(p.stat().st_size for end in (".tmp", SUFFIX) for p in self.partial.glob("*" + end))
         return shutil.disk_usage(self.dst.parent).free + unfinished
 
     @property
@@ -63,7 +71,7 @@ class Job:
         if not self.dst.parent.is_dir():
             raise MossError(f"{self.dst.parent}: no such folder to write {self.dst.name} into")
         with _plain_errors(self):
-            needed, free = sum(self.remaining.values()) + _SMALL_FILES, self.free
+            needed, free = sum(self.remaining.values()) + self.spilled + _SMALL_FILES, self.free
         if needed > free:
             raise MossError(f"{self.dst}: {needed / 1e9:.2f} GB are still to be written, but only {free / 1e9:.2f} GB are free")
 
@@ -72,18 +80,13 @@ class Job:
         self.check()
         with _plain_errors(self), self._locked():
             self.prepare(self.partial)
-            self._write_files(progress or (lambda done, total: None))
-            for path in self.partial.iterdir():
-                _sync(path)
-            _sync(self.partial)
-            self.partial.rename(self.dst)
-            if not self.keep_record:
-                (self.dst / RECORD).unlink()
+            self._write_files(self._advance(progress or (lambda done, total: None)))
+            self._publish()
             _sync(self.dst.parent)
 
-    def _write_files(self, progress: Progress) -> None:
-        remaining, total = self.remaining, sum(self.files.values())
-        done = total - sum(remaining.values())
+    def _advance(self, progress: Progress) -> Advance:
+        total = sum(self.files.values())
+        done = total - sum(self.remaining.values())
 
         def advance(count: int) -> None:
             nonlocal done
@@ -91,9 +94,20 @@ class Job:
             progress(min(done, total), total)
 
         advance(0)
-        for name in remaining:
+        return advance
+
+    def _write_files(self, advance: Advance) -> None:
+        for name in self.remaining:
             with whole_file(self.partial / name) as f:
                 self.write(f, name, advance)
+
+    def _publish(self) -> None:
+        for path in self.partial.iterdir():
+            _sync(path)
+        _sync(self.partial)
+        self.partial.rename(self.dst)
+        if not self.keep_record:
+            (self.dst / RECORD).unlink()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -125,6 +139,54 @@ class Job:
                 f"{self.partial}: begun from another source or with other settings; delete it to start anew, "
                 "or choose another destination"
             )
+
+
+@dataclass(frozen=True)
+class FileJob(Job):
+    """A single file, of which ``files`` are the parts, in order. It grows in DST.partial; each part is on the disk before the
+    next one is begun."""
+
+    keep_record: bool = False
+
+    single: ClassVar[bool] = True
+
+    @property
+    def _body(self) -> Path:
+        return self.partial / self.dst.name
+
+    @property
+    def remaining(self) -> dict[str, int]:
+        """The parts that are not certainly whole: the last one that was written may not have reached the disk."""
+        written = min(self._written, sum(self.files.values()))
+        return {name: n for (name, n), end in zip(self.files.items(), accumulate(self.files.values())) if end >= written}
+
+    @property
+    def free(self) -> int:
+        return shutil.disk_usage(self.dst.parent).free + self._written - self._kept
+
+    @property
+    def _written(self) -> int:
+        return self._body.stat().st_size if self._body.exists() else 0
+
+    @property
+    def _kept(self) -> int:
+        return sum(self.files.values()) - sum(self.remaining.values())
+
+    def _write_files(self, advance: Advance) -> None:
+        remaining, kept = self.remaining, self._kept
+        self._body.touch()
+        with open(self._body, "r+b") as f:
+            f.truncate(kept)
+            f.seek(kept)
+            for name in remaining:
+                self.write(f, name, advance)
+                f.flush()
+                os.fsync(f.fileno())
+
+    def _publish(self) -> None:
+        self._body.rename(self.dst)
+        (self.partial / RECORD).unlink()
+        self.partial.rmdir()
 
 
 @contextmanager

@@ -74,12 +74,18 @@ def official_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def our_bands(file: list[Piece], tensor: str, official: dict[str, View]) -> list[Band]:
-    """What one of our tensors is made of, from its first row to its last."""
+def our_sides(file: list[Piece], tensor: str) -> list[list[Piece]]:
+    """What one of our tensors is made of, from its first row to its last: pieces side by side."""
     rows: dict[int, list[Piece]] = {}
     for p in sorted((p for p in file if p.ours == tensor), key=lambda p: (p.our_row, p.our_column)):
         rows.setdefault(p.our_row, []).append(p)
-    return [Band(tuple(official[p.official].rows(p.official_row, p.rows) for p in side)) for side in rows.values()]
+    return list(rows.values())
+
+
+def our_bands(file: list[Piece], tensor: str, official: dict[str, View]) -> list[Band]:
+    """The same as bands of the official tensors."""
+    sides = our_sides(file, tensor)
+    return [Band(tuple(official[p.official].rows(p.official_row, p.rows) for p in side)) for side in sides]
 
 
 def official_bands(file: list[Piece], tensor: str, ours: dict[str, View]) -> list[Band]:

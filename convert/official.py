@@ -10,12 +10,17 @@ from pathlib import Path
 from ..config import Config
 from ..errors import MossError
 from ..weights.header import read_header
+from . import gptq
 from .mapping import official_shapes
 from .torchfile import is_zip, open_torch
 from .view import View, contiguous
 
 _SAFETENSORS, _PICKLES = "*.safetensors", "pytorch_model*.bin"
-_INDEXES = {_SAFETENSORS: "model.safetensors.index.json", _PICKLES: "pytorch_model.bin.index.json"}
+_INDEXES = {
+    _SAFETENSORS: "model.safetensors.index.json",
+    _PICKLES: "pytorch_model.bin.index.json",
+    "gptq_model*.bin": "gptq_model.bin.index.json",  # AutoGPTQ's name
+}
 _NUMBERED = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\.\w+)")
 # Buffers that carry nothing: masks that follow from the architecture.
 _DROPPED = re.compile(r"transformer\.h\.\d+\.attn\.(causal_mask|masked_bias|bias)")
@@ -113,20 +118,18 @@ def _gather(folder: Path, shards: dict[Path, dict[str, View]], index: dict[str, 
 
 def problems(official: Official) -> list[str]:
     """Everything that keeps these tensors from being the model that config.json describes, one line each."""
-    folder, tensors = official.folder, official.tensors
-    expected = official_shapes(official.config)
-    if quantised := [n for n in tensors if n.endswith((".qweight", ".qzeros", ".g_idx"))]:
-        return [
-            f"{folder}: quantised with GPTQ ({quantised[0]}); this moss-jt converts fp16, bf16 and fp32 checkpoints: "
-            "take the model without -int4 or -int8 in its name"
-        ]
+    folder, config, tensors = official.folder, official.config, official.tensors
+    expected, packed = official_shapes(config), set()
+    if gptq.is_gptq(tensors):
+        packed = gptq.tensor_names(config)
+        expected = {n: shape for n, shape in expected.items() if n not in packed}
     if not expected.keys() & tensors.keys():
         return [f"{folder}: none of MOSS's tensors are here, but {_some(tensors)}: another architecture than moss-moon-003's"]
     found = [f"{folder}: tensor {n} is missing" for n in expected if n not in tensors]
-    found += [f"{tensors[n].path}: tensor {n} is not one of MOSS's" for n in tensors if n not in expected]
+    found += [f"{tensors[n].path}: tensor {n} is not one of MOSS's" for n in tensors if n not in expected and n not in packed]
     for name in (n for n in expected if n in tensors):
         found += _tensor_problems(tensors[name], expected[name])
-    return found
+    return found + gptq.problems(folder, config, tensors) if packed else found
 
 
 def _tensor_problems(view: View, shape: tuple[int, ...]) -> list[str]:

@@ -20,8 +20,15 @@ _SMALLEST = np.float32(2.0**-24)  # fp16's smallest number; a group of zeros has
 def quantise(w: np.ndarray, bits: int, group: int = GROUP) -> Quantised:
     """w float32 (N, K), none beyond fp16's largest; bits 8 or 4. Inputs that the last group lacks become exact zeros."""
     x = _groups(w, group)
-    scale, zero = _best_grid(x, bits)
-    return with_zeros(_steps(x / scale, zero, bits) + zero, scale[..., 0], zero[..., 0], bits)
+    scale, zero = best_grid(x, bits)
+    return with_zeros(steps(x / scale, zero, bits) + zero, scale[..., 0], zero[..., 0], bits)
+
+
+def nearest(w: np.ndarray, bits: int, group: int = GROUP) -> np.ndarray:
+    """What ``quantise`` makes of w (N, K), as numbers again: float32 (N, K)."""
+    x = _groups(w, group)
+    scale, zero = best_grid(x, bits)
+    return (steps(x / scale, zero, bits) * scale).reshape(len(w), -1)[:, : w.shape[1]]
 
 
 def _groups(w: np.ndarray, group: int) -> np.ndarray:
@@ -30,8 +37,8 @@ def _groups(w: np.ndarray, group: int) -> np.ndarray:
     return padded.reshape(len(w), -1, group)
 
 
-def _best_grid(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero of each group, float32 (N, G, 1)."""
+def best_grid(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero of each group of x (N, G, S), float32 (N, G, 1)."""
     low, high = np.minimum(x.min(2, keepdims=True), 0), np.maximum(x.max(2, keepdims=True), 0)
     best = _grid(low, high, bits)
     least = _error(x, *best, bits) if _NARROWED[bits] else None
@@ -54,15 +61,15 @@ def _grid(low: np.ndarray, high: np.ndarray, bits: int) -> tuple[np.ndarray, np.
     return scale, np.rint(-low / scale)
 
 
-def _steps(y: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
-    """q - zero of weights y that were divided by their scale, all float32."""
-    steps = np.rint(y)
-    np.maximum(steps, -zero, out=steps)
-    return np.minimum(steps, np.float32(2**bits - 1) - zero, out=steps)
+def steps(y: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
+    """q - zero, as float32, of weights y that were divided by their scale."""
+    found = np.rint(y)
+    np.maximum(found, -zero, out=found)
+    return np.minimum(found, np.float32(2**bits - 1) - zero, out=found)
 
 
 def _error(x: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
     """Each group's squared error, (N, G, 1)."""
     y = x / scale
-    y -= _steps(y, zero, bits)
+    y -= steps(y, zero, bits)
     return np.einsum("ngk,ngk->ng", y, y)[..., None] * scale**2

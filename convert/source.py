@@ -1,4 +1,4 @@
-"""What a converted checkpoint is made from: an official one, or one of ours that is still in fp16."""
+"""What a converted checkpoint is made from: an official one, quantised or not, or one of ours that is still in fp16."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Callable
 from ..config import Config
 from ..errors import MossError
 from ..weights import is_converted, open_weights
+from .gptq import Gptq, is_gptq
 from .mapping import Band, our_bands, pieces
 from .official import open_official, problems
 from .view import of_region
@@ -22,6 +23,7 @@ class Source:
     official: bool
     files: tuple[Path, ...]  # that hold the weights
     bands: Callable[[str, str], list[Band]]  # one of our files, a tensor of it as in fp16 -> what it is made of
+    gptq: Gptq | None = None  # what the blocks' matrices are made of instead
 
 
 def open_source(folder: Path) -> Source:
@@ -36,7 +38,8 @@ def open_source(folder: Path) -> Source:
     def bands(file: str, tensor: str) -> list[Band]:
         return our_bands(of_file[file], tensor, official.tensors)
 
-    return Source(official.config, True, official.shards, bands)
+    gptq = Gptq(folder, official.config, official.tensors) if is_gptq(official.tensors) else None
+    return Source(official.config, True, official.shards, bands, gptq)
 
 
 def _ours(folder: Path) -> Source:

@@ -1,4 +1,5 @@
-"""Writes what ``torch.save`` would of a dict of fp16 tensors, without torch. ``torch.load(weights_only=True)`` opens it."""
+"""Writes what ``torch.save`` would of a dict of fp16 and int32 tensors, without torch; ``torch.load(weights_only=True)`` opens
+it."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ from ..weights.layout import Tensor
 
 _ROOT = "archive/"
 _ALIGN = 64  # bytes; torch's own alignment of storages, so that they can be mapped
+_STORAGES = {"F16": b"HalfStorage", "I32": b"IntStorage"}
 _LOCAL_HEADER, _ZIP64_EXTRA = 30, 20  # bytes; APPNOTE.TXT 4.3.7 and 4.5.3
 
 
 def write_torch(file: BinaryIO, tensors: list[Tensor], write: Callable[[BinaryIO, Tensor], None]) -> None:
-    """Write a zip container; ``write`` is called for each tensor to write its bytes (F16, C order)."""
+    """Write a zip container; ``write`` is called for each tensor to write its bytes (C order)."""
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr(_entry(archive, "data.pkl"), _pickle(tensors))
         archive.writestr(_entry(archive, "byteorder"), b"little")
@@ -46,7 +48,9 @@ def _tensor(key: str, t: Tensor) -> bytes:
     for n in reversed(t.shape):
         strides.insert(0, step)
         step *= n
-    storage = _tuple(_string("storage"), b"ctorch\nHalfStorage\n", _string(key), _string("cpu"), _int(step)) + b"Q"
+    storage = (
+        _tuple(_string("storage"), b"ctorch\n" + _STORAGES[t.dtype] + b"\n", _string(key), _string("cpu"), _int(step)) + b"Q"
+    )
     no_hooks = b"ccollections\nOrderedDict\n)R"
     shape = _tuple(*map(_int, t.shape)), _tuple(*map(_int, strides))
     return b"ctorch._utils\n_rebuild_tensor_v2\n" + _tuple(storage, _int(0), *shape, b"\x89", no_hooks) + b"R"

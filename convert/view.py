@@ -104,7 +104,7 @@ def read_bytes(path: Path, start: int, count: int) -> np.ndarray:
 
 def cast(x: np.ndarray, view: View, dtype: str) -> np.ndarray:
     """``x``, read from ``view``, as F16 or F32. Raises MossError for NaN, infinity and what is too large for fp16."""
-    x = _widened(x, view)
+    x = widened(x, view)
     with np.errstate(over="ignore"):
         y = x.astype(_HELD[dtype], copy=False)
     if not _all_finite(y):
@@ -114,13 +114,14 @@ def cast(x: np.ndarray, view: View, dtype: str) -> np.ndarray:
 
 def cast_to_quantise(x: np.ndarray, view: View) -> np.ndarray:
     """``x``, read from ``view``, as F32, with every bit the source has. Raises MossError for what F16 could not hold."""
-    y = _widened(x, view).astype(np.float32, copy=False)
+    y = widened(x, view).astype(np.float32, copy=False)
     if not (y.max() <= _LARGEST_F16 and y.min() >= -_LARGEST_F16):  # so, because a comparison with NaN is false
         raise _unusable(y, view)
     return y
 
 
-def _widened(x: np.ndarray, view: View) -> np.ndarray:
+def widened(x: np.ndarray, view: View) -> np.ndarray:
+    """``x``, read from ``view``, as numpy's own floats: bfloat16 as float32."""
     return (x.astype(np.uint32) << 16).view(np.float32) if view.dtype == "BF16" else x
 
 

@@ -1,16 +1,18 @@
 // Causal attention of the new tokens of several sequences over their caches, for H heads of S floats. Rotary, append and
 // scores in one pass:
 //   y      (T, Y) the first product's result; columns q (D), k (D), v (D) first, heads in order, D = H S
-//   cache  keys (B, H, C, S) and values (B, H, C, S) in fp16, for B sequences of up to C tokens
+//   cache  keys (B, H, C, S) and values (B, H, C, S), for B sequences of up to C tokens, each a class of cache.h
 //   angles (C, rotary / 2) cos, then the same of sin, for every position
 //   out    (T, D)
 // Each Sequence says which rows of y are its new tokens; those are written into the cache after the ones it has.
-// Decode moves the cache once: 4 D (start + 1) bytes. Scores, softmax and sums are fp32.
+// Decode moves the cache once: 4 D (start + 1) bytes in fp16. Scores, softmax and sums are fp32; of an int8 cache the numbers are
+// converted in registers, and scores and weights multiplied by the scales of their keys and values.
 //
 // Work is split over sequences, heads and parts of TILES x QUERIES tokens. QUERIES tokens are the lanes of two vectors: so the
-// softmax needs no sum across lanes. Keys and values pass in tiles of KEYS, converted to fp32 once for all of a part's queries; the softmax runs along
-// (its maximum and sum are corrected as larger scores appear). One or two tokens are read straight from the halves instead.
+// softmax needs no sum across lanes. Keys and values pass in tiles of KEYS, converted to fp32 once for all of a part's queries; the
+// softmax runs along (its maximum and sum are corrected as larger scores appear). Few tokens read the cache as it is instead.
 #pragma once
+#include "cache.h"
 #include "inputs.h"
 
 namespace moss {
@@ -24,36 +26,32 @@ struct Sequence {
     int32_t slot, start, first, count;  // of the cache's B; tokens it has; rows [first, first + count) of y are new
 };
 
-inline void narrow(const float* from, f16* to, int64_t n) {
-    int64_t i = 0;
-    for (; i + VEC <= n; i += VEC) store_f16(to + i, load(from + i));
-    for (; i < n; i++) to[i] = to_f16(from[i]);
+// A head of the token at position `at`, after rotary and times `scale`: pairs (0,1), (2,3) ... of its first `rotary` entries turn
+// by the position's angles.
+inline void rotate(const float* from, const float* angles, Heads h, int64_t at, float scale, float* to) {
+    const float *cos = angles + at * (h.rotary / 2), *sin = cos + h.C * (h.rotary / 2);
+    for (int64_t i = 0; i < h.rotary / 2; i++) {
+        to[2 * i] = (from[2 * i] * cos[i] - from[2 * i + 1] * sin[i]) * scale;
+        to[2 * i + 1] = (from[2 * i + 1] * cos[i] + from[2 * i] * sin[i]) * scale;
+    }
+    for (int64_t i = h.rotary; i < h.S; i++) to[i] = from[i] * scale;
 }
 
-// Rotary: pairs (0,1), (2,3) ... of the first `rotary` entries of a head turn by the position's angles.
-// Key and value of the token in row `row` of y, at position `at` of its cache.
-inline void append(const float* y, int64_t Y, const float* angles, f16* keys, f16* values, Heads h, int64_t row, int64_t at) {
-    const float *cos = angles + at * (h.rotary / 2), *sin = cos + h.C * (h.rotary / 2);
+// Key and value of the token in row `row` of y, at position `at` of its cache; memory: S floats.
+template <class Cache>
+void append(const float* y, int64_t Y, const float* angles, Cache keys, Cache values, Heads h, int64_t row, int64_t at,
+            float* memory) {
     for (int64_t head = 0; head < h.H; head++) {
         const float *k = y + row * Y + h.D() + head * h.S, *v = k + h.D();
-        f16 *to_k = keys + (head * h.C + at) * h.S, *to_v = values + (head * h.C + at) * h.S;
-        for (int64_t i = 0; i < h.rotary / 2; i++) {
-            to_k[2 * i] = to_f16(k[2 * i] * cos[i] - k[2 * i + 1] * sin[i]);
-            to_k[2 * i + 1] = to_f16(k[2 * i + 1] * cos[i] + k[2 * i] * sin[i]);
-        }
-        narrow(k + h.rotary, to_k + h.rotary, h.S - h.rotary);
-        narrow(v, to_v, h.S);
+        rotate(k, angles, h, at, 1, memory);
+        keys.put(head * h.C + at, memory, h.S);
+        values.put(head * h.C + at, v, h.S);
     }
 }
 
 // Query of one token, after rotary and divided by sqrt(S): P floats.
 inline void query(const float* from, const float* angles, Heads h, int64_t at, float* to, int64_t P) {
-    const float *cos = angles + at * (h.rotary / 2), *sin = cos + h.C * (h.rotary / 2), scale = 1 / std::sqrt((float)h.S);
-    for (int64_t j = 0; j < h.rotary / 2; j++) {
-        to[2 * j] = (from[2 * j] * cos[j] - from[2 * j + 1] * sin[j]) * scale;
-        to[2 * j + 1] = (from[2 * j + 1] * cos[j] + from[2 * j] * sin[j]) * scale;
-    }
-    for (int64_t j = h.rotary; j < h.S; j++) to[j] = from[j] * scale;
+    rotate(from, angles, h, at, 1 / std::sqrt((float)h.S), to);
     std::fill(to + h.S, to + P, 0.f);
 }
 
@@ -79,48 +77,53 @@ struct Softmax {
     }
 };
 
-// Scores of n keys, rows of S halves; four at a time share what is loaded of the query, which has zeros from S on.
-inline void score_one(const float* q, const f16* keys, int64_t n, int64_t S, float* scores) {
+// Scores of n keys, rows of S numbers; four at a time share what is loaded of the query, which has zeros from S on.
+template <class Cache>
+void score_one(const float* q, Cache keys, int64_t n, int64_t S, float* scores) {
     int64_t j = 0;
     for (; S % VEC == 0 && j + 4 <= n; j += 4) {
+        const Cache k = keys.from(j, S);
         vec s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
         for (int64_t d = 0; d < S; d += VEC) {
-            const f16* k = keys + j * S + d;
             vec x = in_register(load(q + d));
-            s0 = fma(load_f16(k), x, s0), s1 = fma(load_f16(k + S), x, s1);
-            s2 = fma(load_f16(k + 2 * S), x, s2), s3 = fma(load_f16(k + 3 * S), x, s3);
+            s0 = fma(k.load(d), x, s0), s1 = fma(k.load(S + d), x, s1);
+            s2 = fma(k.load(2 * S + d), x, s2), s3 = fma(k.load(3 * S + d), x, s3);
         }
-        scores[j] = sum(s0), scores[j + 1] = sum(s1), scores[j + 2] = sum(s2), scores[j + 3] = sum(s3);
+        scores[j] = sum(s0) * k.scale(0), scores[j + 1] = sum(s1) * k.scale(1);
+        scores[j + 2] = sum(s2) * k.scale(2), scores[j + 3] = sum(s3) * k.scale(3);
     }
     for (; j < n; j++) {
         vec s = zero();
         for (int64_t d = 0; d < S; d += VEC)
-            s = fma(load_f16_n(keys + j * S + d, (int)std::min<int64_t>(VEC, S - d)), load(q + d), s);
-        scores[j] = sum(s);
+            s = fma(keys.load_n(j * S + d, (int)std::min<int64_t>(VEC, S - d)), load(q + d), s);
+        scores[j] = sum(s) * keys.scale(j);
     }
 }
 
-// acc += sum over n rows of p[j] v[j], rows of S halves; four at a time, so that acc is not the limit.
-inline void gather(const float* p, const f16* v, int64_t n, float* acc, int64_t S) {
+// acc += sum over n rows of p[j] v[j], rows of S numbers; four at a time, so that acc is not the limit.
+template <class Cache>
+void gather(const float* p, Cache values, int64_t n, float* acc, int64_t S) {
     int64_t j = 0;
-    for (; S % VEC == 0 && j + 4 <= n; j += 4, v += 4 * S) {
-        vec p0 = all(p[j]), p1 = all(p[j + 1]), p2 = all(p[j + 2]), p3 = all(p[j + 3]);
+    for (; S % VEC == 0 && j + 4 <= n; j += 4) {
+        const Cache v = values.from(j, S);
+        vec p0 = all(p[j] * v.scale(0)), p1 = all(p[j + 1] * v.scale(1));
+        vec p2 = all(p[j + 2] * v.scale(2)), p3 = all(p[j + 3] * v.scale(3));
         for (int64_t d = 0; d < S; d += VEC) {
-            vec a = fma(p0, load_f16(v + d), load(acc + d)), b = mul(p1, load_f16(v + S + d));
-            a = fma(p2, load_f16(v + 2 * S + d), a), b = fma(p3, load_f16(v + 3 * S + d), b);
+            vec a = fma(p0, v.load(d), load(acc + d)), b = mul(p1, v.load(S + d));
+            a = fma(p2, v.load(2 * S + d), a), b = fma(p3, v.load(3 * S + d), b);
             store(acc + d, add(a, b));
         }
     }
-    for (; j < n; j++, v += S)
+    for (; j < n; j++)
         for (int64_t d = 0; d < S; d += VEC) {
             const int count = (int)std::min<int64_t>(VEC, S - d);
-            store(acc + d, fma(all(p[j]), load_f16_n(v + d, count), load(acc + d)));
+            store(acc + d, fma(all(p[j] * values.scale(j)), values.load_n(j * S + d, count), load(acc + d)));
         }
 }
 
 // One head, for the token at position `at` whose query is `from`; memory: 2 P floats.
-inline void attend_one(const float* from, const float* angles, const f16* keys, const f16* values, float* out, Heads h, int64_t at,
-                       float* memory) {
+template <class Cache>
+void attend_one(const float* from, const float* angles, Cache keys, Cache values, float* out, Heads h, int64_t at, float* memory) {
     const int64_t P = round_up(h.S, VEC);
     float *q = memory, *acc = memory + P, scores[KEYS];
     query(from, angles, h, at, q, P);
@@ -128,9 +131,9 @@ inline void attend_one(const float* from, const float* angles, const f16* keys, 
     Softmax softmax;
     for (int64_t k0 = 0; k0 <= at; k0 += KEYS) {
         const int64_t n = std::min(KEYS, at + 1 - k0);
-        score_one(q, keys + k0 * h.S, n, h.S, scores);
+        score_one(q, keys.from(k0, h.S), n, h.S, scores);
         softmax.add(scores, n, acc, P);
-        gather(scores, values + k0 * h.S, n, acc, h.S);
+        gather(scores, values.from(k0, h.S), n, acc, h.S);
     }
     for (int64_t d = 0; d < h.S; d++) out[d] = acc[d] / softmax.total;
 }
@@ -165,12 +168,14 @@ inline void turn(const float* from, int64_t from_stride, float* to, int64_t to_s
     for (int i = 0; i < VEC; i++) store_pairs(to + i * to_stride, v[i]);
 }
 
-// n rows of S halves -> floats, rows W apart.
-inline void widen(const f16* from, float* to, int64_t n, int64_t S, int64_t W) {
-    for (int64_t r = 0; r < n; r++, from += S, to += W) {
+// n rows of S numbers -> floats, rows W apart.
+template <class Cache>
+void widen(Cache from, float* to, int64_t n, int64_t S, int64_t W) {
+    for (int64_t r = 0; r < n; r++, to += W) {
+        const vec scale = all(from.scale(r));
         int64_t i = 0;
-        for (; i + VEC <= S; i += VEC) store(to + i, load_f16(from + i));
-        if (i < S) store(to + i, load_f16_n(from + i, (int)(S - i)));
+        for (; i + VEC <= S; i += VEC) store(to + i, mul(from.load(r * S + i), scale));
+        if (i < S) store(to + i, mul(from.load_n(r * S + i, (int)(S - i)), scale));
     }
 }
 
@@ -264,8 +269,9 @@ struct Tile {
 
 // Attention of one head for `count` tokens at positions at ... of their cache, at most TILES tiles of them; queries in rows of Y
 // floats from `from` on, results in rows of D floats from `out` on.
-inline void attend(const float* from, int64_t Y, const float* angles, const f16* keys, const f16* values, float* out, Heads h,
-                   int64_t at, int64_t count, float* memory) {
+template <class Cache>
+void attend(const float* from, int64_t Y, const float* angles, Cache keys, Cache values, float* out, Heads h, int64_t at,
+            int64_t count, float* memory) {
     const Room room(memory, h.S);
     Tile tiles[TILES];
     const int64_t T = (count + QUERIES - 1) / QUERIES, tile = QUERIES * room.P;
@@ -277,8 +283,8 @@ inline void attend(const float* from, int64_t Y, const float* angles, const f16*
     }
     for (int64_t k0 = 0; k0 < at + count; k0 += KEYS) {
         const int64_t n = std::min(KEYS, at + count - k0);
-        widen(keys + k0 * h.S, room.k, n, h.S, room.W);
-        widen(values + k0 * h.S, room.v, n, h.S, room.W);
+        widen(keys.from(k0, h.S), room.k, n, h.S, room.W);
+        widen(values.from(k0, h.S), room.v, n, h.S, room.W);
         for (int64_t i = 0; i < T; i++) tiles[i].add(k0, n, h.S, room);
     }
     for (int64_t i = 0; i < T; i++) tiles[i].end(out + i * QUERIES * h.D(), h.S, h.D(), room);
@@ -286,11 +292,11 @@ inline void attend(const float* from, int64_t Y, const float* angles, const f16*
 
 // ---- all of it --------------------------------------------------------------------------------------------------------------
 
-inline void attention(const float* y, int64_t Y, const float* angles, f16* keys, f16* values, float* out, Heads h,
-                      const Sequence* sequences, int64_t n) {
+template <class Cache>
+void attention(const float* y, int64_t Y, const float* angles, Cache keys, Cache values, float* out, Heads h,
+               const Sequence* sequences, int64_t n) {
     const int64_t ONE_BY_ONE = 10;  // tokens; for more of them, converting the cache pays
     const int64_t MOST = TILES * QUERIES;
-    const int64_t slot = h.H * h.C * h.S;
     int64_t most = 0;
     for (int64_t s = 0; s < n; s++) most = std::max<int64_t>(most, sequences[s].count);
     const int64_t parts = (most + MOST - 1) / MOST;
@@ -301,8 +307,10 @@ inline void attention(const float* y, int64_t Y, const float* angles, f16* keys,
         for (int64_t i = 0; i < n; i++) {
             Sequence s = sequences[i];
 #pragma omp for schedule(static) nowait
-            for (int64_t t = 0; t < s.count; t++)
-                append(y, Y, angles, keys + s.slot * slot, values + s.slot * slot, h, s.first + t, s.start + t);
+            for (int64_t t = 0; t < s.count; t++) {
+                const int64_t slot = s.slot * h.H * h.C;
+                append(y, Y, angles, keys.from(slot, h.S), values.from(slot, h.S), h, s.first + t, s.start + t, work);
+            }
         }
 #pragma omp barrier
         // Late parts see more keys: they are handed out first, so that no thread starts a long one last.
@@ -310,13 +318,14 @@ inline void attention(const float* y, int64_t Y, const float* angles, f16* keys,
         for (int64_t i = 0; i < parts * n * h.H; i++) {
             const Sequence s = sequences[i / h.H % n];
             const int64_t head = i % h.H, first = (parts - 1 - i / h.H / n) * MOST, at = s.start + first;
-            const int64_t count = std::min(MOST, s.count - first), cached = s.slot * slot + head * h.C * h.S;
+            const int64_t count = std::min(MOST, s.count - first), row = (s.slot * h.H + head) * h.C;
+            const Cache k = keys.from(row, h.S), v = values.from(row, h.S);
             const float* from = y + (s.first + first) * Y + head * h.S;
             float* to = out + (s.first + first) * h.D() + head * h.S;
-            if (count > ONE_BY_ONE) attend(from, Y, angles, keys + cached, values + cached, to, h, at, count, work);
+            if (count > ONE_BY_ONE) attend(from, Y, angles, k, v, to, h, at, count, work);
             else
                 for (int64_t t = 0; t < count; t++)
-                    attend_one(from + t * Y, angles, keys + cached, values + cached, to + t * h.D(), h, at + t, work);
+                    attend_one(from + t * Y, angles, k, v, to + t * h.D(), h, at + t, work);
         }
     }
 }

@@ -13,9 +13,9 @@ struct Norm {
 
 // x, out (T, D); in (3 D + I, D), out_w (D, D + I); the rest as attention.h has it. What is in between stays in memory of the
 // calling thread, which grows to the longest chunk.
-template <class W>
+template <class W, class Cache>
 void block(const float* x, Norm norm, const W& in, const float* in_bias, const W& out_w, const float* out_bias,
-           const float* angles, f16* keys, f16* values, Heads heads, const Sequence* sequences, int64_t n, float* out, int64_t T,
+           const float* angles, Cache keys, Cache values, Heads heads, const Sequence* sequences, int64_t n, float* out, int64_t T,
            int64_t D, int64_t I) {
     static thread_local Scratch<float> memory;
     const int64_t Y = 3 * D + I;

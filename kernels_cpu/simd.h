@@ -2,8 +2,8 @@
 //
 // `vec` holds VEC float lanes. `pairs` holds, in each of VEC lanes, two 16-bit numbers, or one 32-bit sum of products:
 // dot(sums, a, b) adds the products of both pairs of numbers to each lane's sum. The instruction set is what the compiler was
-// told to use (-march=...), and MOSS_PLAIN forces the plain one. Tails: load_n / load_f16_n read n < VEC entries and fill the
-// rest with zeros; they read nothing past the n entries.
+// told to use (-march=...), and MOSS_PLAIN forces the plain one. Tails: load_..._n read n entries, VEC at most, and fill the rest
+// with zeros; they read nothing past the n entries. store_i8_n rounds.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -76,8 +76,15 @@ inline vec load_n(const float* p, int n) { return _mm512_maskz_loadu_ps((__mmask
 inline vec load_f16(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline vec load_f16_n(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p)); }
 inline vec load_u8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+inline vec load_i8(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+inline vec load_i8_n(const int8_t* p, int n) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1), p)));
+}
 inline void store(float* p, vec v) { _mm512_storeu_ps(p, v); }
 inline void store_f16(f16* p, vec v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+inline void store_i8_n(int8_t* p, vec v, int n) {
+    _mm_mask_storeu_epi8(p, (__mmask16)((1u << n) - 1), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
+}
 inline void store_n(float* p, vec v, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v); }
 inline vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
 inline vec sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
@@ -170,8 +177,20 @@ inline vec load_f16_n(const f16* p, int n) {
     return load_f16(t);
 }
 inline vec load_u8(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+inline vec load_i8(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+inline vec load_i8_n(const int8_t* p, int n) {
+    int8_t t[8] = {0};
+    memcpy(t, p, n);
+    return load_i8(t);
+}
 inline void store(float* p, vec v) { _mm256_storeu_ps(p, v); }
 inline void store_f16(f16* p, vec v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+inline void store_i8_n(int8_t* p, vec v, int n) {
+    __m256i i = _mm256_cvtps_epi32(v);
+    __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+    const int64_t all = _mm_cvtsi128_si64(_mm_packs_epi16(w, w));
+    memcpy(p, &all, n);
+}
 inline void store_n(float* p, vec v, int n) {
     float t[8];
     store(t, v);
@@ -274,8 +293,11 @@ inline vec load_n(const float* p, int n) { vec r = zero(); memcpy(r.a, p, 4 * n)
 inline vec load_f16(const f16* p) { vec r; MOSS_LANES r.a[i] = to_float(p[i]); return r; }
 inline vec load_f16_n(const f16* p, int n) { vec r = zero(); for (int i = 0; i < n; i++) r.a[i] = to_float(p[i]); return r; }
 inline vec load_u8(const uint8_t* p) { vec r; MOSS_LANES r.a[i] = p[i]; return r; }
+inline vec load_i8(const int8_t* p) { vec r; MOSS_LANES r.a[i] = p[i]; return r; }
+inline vec load_i8_n(const int8_t* p, int n) { vec r = zero(); for (int i = 0; i < n; i++) r.a[i] = p[i]; return r; }
 inline void store(float* p, vec v) { memcpy(p, v.a, sizeof v.a); }
 inline void store_f16(f16* p, vec v) { MOSS_LANES p[i] = to_f16(v.a[i]); }
+inline void store_i8_n(int8_t* p, vec v, int n) { for (int i = 0; i < n; i++) p[i] = (int8_t)lrintf(v.a[i]); }
 inline void store_n(float* p, vec v, int n) { memcpy(p, v.a, 4 * n); }
 inline vec add(vec a, vec b) { MOSS_LANES a.a[i] += b.a[i]; return a; }
 inline vec sub(vec a, vec b) { MOSS_LANES a.a[i] -= b.a[i]; return a; }

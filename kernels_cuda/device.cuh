@@ -4,6 +4,9 @@
 // sm_75: matrix products (mma.m16n8k8), ldmatrix. sm_80: m16n8k16, cp.async; before, cp_async16 copies at once.
 // With MOSS_EMULATED defined, tests/emulation/ gives these and CUDA's names their meaning, on the host.
 #pragma once
+// Whether there are matrix instructions. The host's pass has none, but must read what uses them.
+#define MOSS_TENSOR_CORES (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 750)
+
 #ifdef MOSS_EMULATED
 #include "emulated.h"
 #else
@@ -52,13 +55,18 @@ struct Device {
     int arch, multiprocessors;
 };
 
-inline Device device() {
+inline Device ask_device() {
     int number, major, minor, multiprocessors;
     check(cudaGetDevice(&number), "cudaGetDevice");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number), "compute capability");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, number), "compute capability");
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, number), "multiprocessors");
     return {100 * major + 10 * minor, multiprocessors};
+}
+
+inline Device& device() {  // asked once: a launch needs it several times. A test may make it another one
+    static Device one = ask_device();
+    return one;
 }
 
 // 16 bytes of what no thread writes while the kernel runs. `once`: they will not be needed again, and leave the L1 cache to others.
@@ -107,7 +115,7 @@ __device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
     return r;
 }
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 750  // the host's pass has none, and parses all
+#if MOSS_TENSOR_CORES
 
 // Matrices of 8 rows of 16 bytes (8 halves) each from shared memory. Lane i gives the address of row i % 8 of matrix i / 8, and gets, of
 // each matrix, the halves 2 (i % 4) and 2 (i % 4) + 1 of row i / 4; of the matrix transposed with _trans.

@@ -9,7 +9,7 @@ constexpr int EMBEDDING_THREADS = 128;
 
 __global__ void __launch_bounds__(EMBEDDING_THREADS)
     embedding_kernel(const int32_t* __restrict__ ids, const half* __restrict__ wte, float* __restrict__ x, int64_t D) {
-    const half* row = wte + ids[blockIdx.x] * D;
+    const half* row = wte + (ids ? ids[blockIdx.x] : blockIdx.x) * D;
     float* to = x + blockIdx.x * D;
     const int64_t i = ((int64_t)blockIdx.y * EMBEDDING_THREADS + threadIdx.x) * 8;
     if (D % 8 == 0) {  // then all rows are aligned
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(EMBEDDING_THREADS)
     }
 }
 
-// ids (T), each a row of wte; wte half (V, D), aligned to 16 bytes; x float (T, D).
+// ids (T), each a row of wte, or null: its rows as they are; wte half (V, D), aligned to 16 bytes; x float (T, D).
 inline void launch_embedding(const int32_t* ids, const half* wte, float* x, int64_t T, int64_t D, cudaStream_t stream) {
     const int64_t per_block = EMBEDDING_THREADS * 8;
     MOSS_LAUNCH(embedding_kernel, dim3(T, (D + per_block - 1) / per_block), dim3(EMBEDDING_THREADS), 0, stream, ids, wte, x, D);

@@ -10,9 +10,6 @@ namespace moss_cuda {
 const int PANEL = 16;  // rows
 const int STEP = 32;   // inputs
 
-// What has the matrix instructions: the host's pass reads them, too.
-#define MOSS_TENSOR_CORES (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 750)
-
 #if MOSS_TENSOR_CORES
 
 // c += 16 rows x 8 tokens of a step. c[2 i + j] is the sum of the lane's row i and token 2 (l % 4) + j.

@@ -1,6 +1,8 @@
-// A sweep: from rows of the embedding, through blocks that lie on the device, to logits of the rows asked for or the likeliest
-// tokens after them. Only issues copies and launches, some three a block; nothing waits.
+// A sweep: rows of the embedding through blocks that lie on the device, and from there to logits or the likeliest tokens.
+// Only issues copies and launches, three or four a block; nothing waits.
 #pragma once
+#include <algorithm>
+
 #include "attention.cuh"
 #include "embedding.cuh"
 #include "linear.cuh"
@@ -9,14 +11,7 @@
 
 namespace moss_cuda {
 
-// What follows is filled by moss_jt/ops/sweep.py, field by field: each takes 8 bytes.
-
-struct Model {
-    int64_t D, I, V, heads, rotary, context, places;  // context: tokens a cache has room for, of each of `places` sequences
-    int64_t bits, group, orders, head_bits, head_group, cache_bits;
-    const float* angles;                              // (2, context, rotary / 2)
-    double eps;
-};
+// Filled by moss_jt/ops/sweep.py, field by field, 8 bytes each.
 
 struct Matrix {
     const void* q;
@@ -25,63 +20,92 @@ struct Matrix {
     const int32_t* order;
 };
 
-struct Block {
+struct BlockTensors {
     const float *norm_weight, *norm_bias, *in_bias, *out_bias;
     Matrix in, out;
     void *keys, *values;
     float *key_scales, *value_scales;
 };
 
-struct Last {
+struct HeadTensors {
     const float *norm_weight, *norm_bias, *bias;
     Matrix weight;
+    int64_t rows;
 };
 
-// What a sweep is given by the host, in pinned memory, and its copy on the device: in this order, each from a multiple of 16
-// bytes on. The host fills it while nothing is on its way.
-//   embedded   half (T, D)
-//   sequences  Sequence (n)
-//   rows       int32 (R)         whose logits are wanted
-//   starts     int32 (R + 1)     where each one's penalised ids begin
-//   penalised  int32 (starts[R]) all different for one row
-struct Given {
-    int64_t T, n, R, penalised;
-    const char* host;
-    char* device;
+struct ModelSizes {
+    int64_t D, I, V, heads, rotary, context;       // context: tokens that a cache has room for
+    int64_t bits, group, ordered, head_bits, head_group, cache_bits;
+    const float* angles;                           // (2, context, rotary / 2)
+    double eps;
 
-    static int64_t up(int64_t bytes) { return (bytes + 15) / 16 * 16; }
-    int64_t sequences(int64_t D) const { return up(2 * T * D); }
-    int64_t rows(int64_t D) const { return sequences(D) + up(16 * n); }
-    int64_t starts(int64_t D) const { return rows(D) + up(4 * R); }
-    int64_t ids(int64_t D) const { return starts(D) + up(4 * (R + 1)); }
-    int64_t bytes(int64_t D) const { return ids(D) + up(4 * penalised); }
-};
-
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Work space for up to T tokens of n sequences and logits of R rows.
-struct Space {
-    float *x, *y;   // (T, D): a block reads one and writes the other
-    half *qkv;      // (T, 3 D)
-    half *both;     // (T, D + I)
-    float *state;   // (R, D): the rows asked for
-    float *logits;  // (R, V)
-    void *work;
-    int64_t bytes;
-
-    Space(const Model& m, int64_t T, int64_t R, char* at) {
-        char* const start = at;
-        const auto take = [&at](int64_t count) { char* here = at; at += (count + 255) / 256 * 256; return here; };
-        x = (float*)take(4 * T * m.D);
-        y = (float*)take(4 * T * m.D);
-        qkv = (half*)take(6 * T * m.D);
-        both = (half*)take(2 * T * (m.D + m.I));
-        state = (float*)take(4 * R * m.D);
-        logits = (float*)take(4 * R * m.V);
-        work = take(most(most(linear_workspace(T, 3 * m.D + m.I, m.D), linear_workspace(T, m.D, m.D + m.I)),
-                         most(most(linear_workspace(R, m.V, m.D), attention_workspace(T, m.heads, m.D / m.heads, m.context)),
-                              top_workspace(R, m.V))));
-        bytes = at - start;
+    Heads of_heads() const { return {heads, D / heads, rotary, context}; }
+    Norm norm(const float* weight, const float* bias) const { return {weight, bias, (float)eps}; }
+    Weights weights(const Matrix& w, int64_t N, int64_t K, int orders) const {
+        return {(int)bits, w.q, w.scale, w.zero, w.order, ordered ? orders : 0, N, K, group};
     }
 };
+
+// Work space of sweeps of up to T tokens, and of R rows of logits.
+struct Space {
+    float* x;       // (T, D): the state
+    half* qkv;      // (T, 3 D)
+    half* both;     // (T, D + I)
+    float* rows;    // (R, D): those whose logits are wanted
+    float* logits;  // (R, V)
+    void* work;     // for whatever kernel runs
+
+    Space(const ModelSizes& m, int64_t T, int64_t R, char* at) {
+        const auto take = [&at](int64_t bytes) {
+            char* const here = at;
+            at += (bytes + 255) / 256 * 256;
+            return here;
+        };
+        x = (float*)take(4 * T * m.D);
+        qkv = (half*)take(6 * T * m.D);
+        both = (half*)take(2 * T * (m.D + m.I));
+        rows = (float*)take(4 * R * m.D);
+        logits = (float*)take(4 * R * m.V);
+        work = at;
+    }
+};
+
+// Bytes of it, from a multiple of 256 on, where the tokens are of up to `places` sequences.
+inline int64_t space_bytes(const ModelSizes& m, int64_t T, int64_t R, int64_t places) {
+    int64_t most = std::max(top_k_workspace(R, m.V, TOP_MOST), attention_workspace(m.of_heads(), T, places));
+    for (int64_t t = 1; t <= T; t++)  // fewer tokens may be divided into more slices
+        most = std::max(most, std::max(linear_workspace(t, 3 * m.D + m.I, m.D), linear_workspace(t, m.D, m.D + m.I)));
+    for (int64_t r = 1; r <= R; r++) most = std::max(most, linear_workspace(r, m.V, m.D));
+    return (char*)Space(m, T, R, nullptr).work - (char*)nullptr + most;
+}
+
+// embedded: half (T, D) in pinned memory; where it is null, the state is what the blocks before left.
+inline void run_blocks(const ModelSizes& m, const BlockTensors* blocks, int64_t n, const half* embedded, const Sequence* sequences, int64_t n_sequences,
+                       int64_t T, const Space& s, cudaStream_t stream) {
+    const int64_t D = m.D, I = m.I;
+    if (embedded) launch_embedding(nullptr, embedded, s.x, T, D, stream);
+    for (const BlockTensors* b = blocks; b < blocks + n; b++) {
+        launch_linear_in(s.x, m.norm(b->norm_weight, b->norm_bias), m.weights(b->in, 3 * D + I, D, 2), b->in_bias, s.qkv, s.both, T, D, I,
+                         s.work, stream);
+        const Cache cache{(int)m.cache_bits, b->keys, b->values, b->key_scales, b->value_scales};
+        launch_attention(s.qkv, m.angles, cache, m.of_heads(), sequences, n_sequences, s.both, I, s.work, stream);
+        launch_linear_out(s.both, m.weights(b->out, D, D + I, 1), b->out_bias, s.x, s.x, T, D, I, s.work, stream);
+    }
+}
+
+// Logits (R, h.rows) of rows of the state.
+inline void run_head(const ModelSizes& m, const HeadTensors& h, const int32_t* rows, int64_t R, float* logits, const Space& s, cudaStream_t stream) {
+    const Weights w{(int)m.head_bits, h.weight.q, h.weight.scale, h.weight.zero, nullptr, 0, h.rows, m.D, m.head_group};
+    launch_rows(s.x, rows, s.rows, R, m.D, stream);
+    launch_head(s.rows, m.norm(h.norm_weight, h.norm_bias), w, h.bias, logits, R, m.D, h.rows, s.work, stream);
+}
+
+// The k likeliest after each of R rows of s.logits: values (R, k), then ids (R, k). Of each row, the logits of the ids from start[r]
+// to start[r + 1], all different, are penalised before.
+inline void run_top(const ModelSizes& m, const Penalties& p, const int32_t* ids, int64_t R, int64_t k, float* out, const Space& s,
+                    cudaStream_t stream) {
+    launch_penalise(s.logits, p, ids, R, m.V, stream);
+    launch_top_k(s.logits, out, (int32_t*)(out + R * k), R, m.V, k, s.work, stream);
+}
+
 }  // namespace moss_cuda

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .config import Config
-from .runtime import jittor
 
 
 class Cache:
-    """Room for the keys and values of ``places`` sequences of up to ``context`` tokens, in fp16."""
+    """Room for the keys and values of some sequences, wherever a device has it.
 
-    def __init__(self, config: Config, context: int, places: int = 1):
-        self.context = context
-        shape = (config.n_layer, 2, places, config.n_head, context, config.head_size)
-        # Zeroed pages cost nothing until they are written, so a long context is paid for as it fills.
-        self._memory = np.zeros(shape, np.float16)
-        wrap = jittor().core.reuse_np_array
-        self.layers = [(wrap(keys), wrap(values)) for keys, values in self._memory]  # Vars (places, H, context, S)
+    ``layers``: of each block, what that device's ops take. ``sequences``: one for each place.
+    """
+
+    def __init__(self, context: int, places: int, layers: Any, memory: Any):
+        """``context``: tokens that each sequence has room for. ``memory``: kept as long as this is."""
+        self.context, self.layers, self._memory = context, layers, memory
         self.sequences = [Sequence(self, place, context) for place in range(places)]
+
+
+def parts_of(config: Config, context: int, places: int, kv_cache: str) -> list[tuple[tuple[int, ...], type]]:
+    """Shapes and dtypes of a cache's arrays: keys and values of all blocks, (blocks, 2, places, H, context, S) in fp16 or int8;
+    and in int8 a scale for each row, which is what it is to be multiplied by."""
+    rows = (config.n_layer, 2, places, config.n_head, context)
+    if kv_cache == "int8":
+        return [((*rows, config.head_size), np.int8), (rows, np.float32)]
+    return [((*rows, config.head_size), np.float16)]
 
 
 class Sequence:

@@ -12,6 +12,7 @@ from .errors import MossError
 MP_NUM = 4
 # No size is larger than this in any model; a damaged number must not make us plan for a million blocks.
 _LARGEST, _MOST_BLOCKS = 1 << 24, 1000
+KV_CACHES = ("fp16", "int8")  # how keys and values may be kept
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,15 @@ class Config:
     def head_size(self) -> int:
         return self.n_embd // self.n_head
 
-    @property
-    def cache_bytes_per_token(self) -> int:
-        """What the cache needs for one position: keys and values of all blocks in fp16."""
-        return self.n_layer * 2 * self.n_embd * 2
+    def cache_bytes_per_token(self, kv_cache: str = "fp16") -> int:
+        """What the cache needs for one position: keys and values of all blocks, in int8 with a float32 scale for each head.
+
+        Raises MossError for a ``kv_cache`` that is none of KV_CACHES.
+        """
+        if kv_cache not in KV_CACHES:
+            raise MossError(f"kv_cache is {kv_cache!r}, it must be {' or '.join(KV_CACHES)}")
+        head = self.head_size + 4 if kv_cache == "int8" else self.head_size * 2
+        return self.n_layer * 2 * self.n_head * head
 
     @classmethod
     def read(cls, folder: str | Path) -> Config:

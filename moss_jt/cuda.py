@@ -1,4 +1,4 @@
-"""What CUDA there is: the driver and its devices, asked through libcuda, and the toolkit that Jittor would compile with.
+"""What CUDA there is: the driver and its devices, asked through libcuda, and which toolkit goes with them.
 
 The driver is the one to ask: nvcc says nothing about a GPU, and a GPU nothing about nvcc. Sizes are bytes.
 """
@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
-import shutil
-import subprocess
+import sys
 import time
 from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
-from pathlib import Path
 
+from . import requirements
 from .errors import MossError
-
-Version = tuple  # (major, minor)
+from .toolkit import Toolkit, Version, toolkits
 
 
 @dataclass(frozen=True)
@@ -37,17 +34,20 @@ class Driver:
 
 
 @dataclass(frozen=True)
-class Toolkit:
-    nvcc: str
-    version: Version
-    missing: tuple[str, ...]  # files that Jittor needs beside this nvcc and that are not there
+class Choice:
+    """The toolkit to compile with, or why there is none for the first device, in a few words, and the command that mends it."""
+
+    kit: Toolkit | None
+    why: str = ""
+    fix: str = ""
+
+    @property
+    def reason(self) -> str:
+        return f"{self.why}: {self.fix}" if self.fix else self.why
 
 
-# Where Jittor looks for nvcc, in its order, after the environment variable nvcc_path.
-_NVCC = ("nvcc", "/usr/local/cuda/bin/nvcc", "/usr/bin/nvcc", "/opt/cuda/bin/nvcc")
-# What Jittor needs of a toolkit when it is told (conv_opt=1) to do without cudnn, cufft and cusparse.
-_LIBRARIES = ("libcudart.so", "libcublas.so", "libcurand.so")
-_HEADERS = ("cuda_runtime.h", "cublas.h", "curand.h")
+_OLDEST = (6, 0)  # compute capability: what the kernels are written for
+_TENSOR_CORES = {(8, 0): "m16n8k16 and cp.async", (7, 5): "m16n8k8"}  # from this capability on
 
 
 def driver() -> Driver:
@@ -102,54 +102,71 @@ def link_bandwidth(index: int = 0) -> tuple[float, float]:
     return size / to_device, size / to_host
 
 
-def toolkit() -> Toolkit | None:
-    """The first complete toolkit of those where Jittor looks, or else the first; None where there is no nvcc."""
+def choose(found: Driver) -> Choice:
+    """The first toolkit that can compile for the first device; where none can, what keeps the first of them from it."""
+    if not found.devices:
+        return Choice(next(toolkits(), None), found.problem)
     first = None
+    for kit in toolkits():
+        choice = Choice(kit, *_unusable(found, kit))
+        if not choice.why:
+            return choice
+        first = first or choice
     named = os.environ.get("nvcc_path")  # noqa: SIM112 (Jittor's own name)
-    for path in filter(None, (named, *_NVCC)):
-        kit = _toolkit(shutil.which(path))
-        if kit and not kit.missing:
-            return kit
-        first = first or kit
-    return first
+    if named and not first:
+        return Choice(None, f"nvcc_path names {named}, which is no nvcc", "unset nvcc_path")
+    return first or Choice(None, "there is no nvcc", _fix_by_toolkit(found))
 
 
-def _toolkit(nvcc: str | None) -> Toolkit | None:
-    try:
-        answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=20).stdout if nvcc else ""
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    version = re.search(r"release (\d+)\.(\d+)", answer)
-    if not version:
-        return None
-    home = Path(os.path.realpath(nvcc)).parent.parent
-    # Debian's own package spreads over /usr, where Jittor knows this one folder.
-    libraries = Path("/usr/lib/x86_64-linux-gnu") if nvcc == "/usr/bin/nvcc" else home / "lib64"
-    needed = [libraries / name for name in _LIBRARIES] + [home / "include" / name for name in _HEADERS]
-    missing = tuple(str(path) for path in needed if not path.exists())
-    return Toolkit(nvcc, (int(version[1]), int(version[2])), missing)
+def _unusable(found: Driver, kit: Toolkit) -> tuple[str, str]:
+    device, gcc = found.devices[0], requirements.gcc()
+    code, newest = 10 * device.capability[0] + device.capability[1], found.version or kit.version
+    name = f"nvcc {show(kit.version)} at {kit.nvcc}"
+    if device.capability < _OLDEST:
+        return f"the kernels need compute capability {show(_OLDEST)}, and this has {show(device.capability)}", ""
+    if kit.version < (11,):
+        return f"{name} is too old for Jittor", _fix_by_toolkit(found)
+    if kit.codes and code < kit.codes[0]:
+        oldest = show(divmod(kit.codes[0], 10))
+        return f"{name} compiles for compute capability {oldest} and up, and this has {show(device.capability)}", _APT
+    if kit.version[0] > newest[0]:
+        return f"the driver runs CUDA up to {show(newest)}, and {name} is newer: update the driver", _fix_by_toolkit(found)
+    if kit.codes and code > kit.codes[-1] and kit.version > newest:  # what it makes then, the driver has to translate
+        return f"{name} is older than this device and newer than the driver: update the driver", ""
+    if kit.newest_gcc and gcc > kit.newest_gcc:
+        compiler = f"g++-{kit.newest_gcc}"
+        fix = f"sudo apt-get install {compiler}; export cc_path={compiler}"
+        return f"{name} takes g++ up to {kit.newest_gcc}, and this is g++ {gcc}", fix
+    if kit.missing:
+        return f"{name} has no {' and no '.join(kit.missing)}", _fix_by_wheels(kit.version[0])
+    return "", ""
+
+
+_APT = "sudo apt-get install nvidia-cuda-toolkit"
+_WHEELS = {11: "nvidia-cuda-runtime-cu11 nvidia-cuda-cccl-cu11 nvidia-cublas-cu11 nvidia-curand-cu11"}
+
+
+def _fix_by_toolkit(found: Driver) -> str:
+    """The command that brings a toolkit for this driver and device. PyPI has nvcc from CUDA 13 on, which begins at 7.5."""
+    device, version = found.devices[0], found.version or (0, 0)
+    if version < (13,) or device.capability < (7, 5):
+        return _APT
+    return f"{sys.executable} -m pip install 'cuda-toolkit[nvcc,cccl,cublas,curand]==13.*'"
+
+
+def _fix_by_wheels(major: int) -> str:
+    wheels = _WHEELS.get(major, f"'cuda-toolkit[cudart,cccl,cublas,curand]=={major}.*'")
+    return f"{sys.executable} -m pip install {wheels}"
+
+
+def arithmetic(capability: Version) -> str:
+    """What the kernels' matrix products use on a device."""
+    kinds = [kind for oldest, kind in _TENSOR_CORES.items() if capability >= oldest]
+    return f"tensor cores ({kinds[0]})" if kinds else "plain CUDA cores"
 
 
 def show(version: Version) -> str:
     return ".".join(map(str, version))
-
-
-def unusable(found: Driver, kit: Toolkit | None) -> str:
-    """Why Jittor cannot compute on the device, in a few words; empty where it can."""
-    if not found.devices:
-        return found.problem
-    if not kit:
-        return "there is no nvcc: install a CUDA toolkit 11 or 12"
-    if kit.version[0] >= 13:
-        return f"the toolkit of {kit.nvcc} is CUDA {show(kit.version)}, and Jittor takes 11 and 12"
-    if kit.missing:
-        return f"beside {kit.nvcc} there is no {Path(kit.missing[0]).name} ({kit.missing[0]})"
-    if found.version and kit.version > found.version:
-        return (
-            f"the driver runs CUDA up to {show(found.version)}, and {kit.nvcc} is {show(kit.version)}: "
-            f"update the driver, or install a toolkit up to {show(found.version)}"
-        )
-    return ""
 
 
 class _Libcuda:

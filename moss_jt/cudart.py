@@ -18,7 +18,7 @@ import numpy as np
 
 from .errors import MossError
 
-_TO_DEVICE, _TO_HOST = 1, 2  # enum cudaMemcpyKind
+_TO_DEVICE, _TO_HOST, _ON_DEVICE = 1, 2, 3  # enum cudaMemcpyKind
 _MAPPED = 2  # cudaHostAllocMapped: kernels can read it, too
 _NON_BLOCKING, _NO_TIMING = 1, 2
 _OUT_OF_MEMORY = 2
@@ -90,6 +90,12 @@ def to_device(pointer: int, source: np.ndarray, stream: Stream | None = None) ->
     """Copy a contiguous array; returns at once where it is pinned, and then it must stay as it is until the stream is past."""
     size = c_size_t(source.nbytes)
     _call("cudaMemcpyAsync", c_void_p(pointer), c_void_p(source.ctypes.data), size, c_int(_TO_DEVICE), _handle(stream))
+
+
+def on_device(pointer: int, source: int, nbytes: int) -> None:
+    """Copy from one place on the device to another; returns at once."""
+    size = c_size_t(nbytes)
+    _call("cudaMemcpyAsync", c_void_p(pointer), c_void_p(source), size, c_int(_ON_DEVICE), _handle(None))
 
 
 def to_host(target: np.ndarray, pointer: int) -> None:

@@ -41,7 +41,7 @@ def findings(model: Path | None = None, measure: bool = True, run: bool = False)
     yield _cores()
     yield _memory(model)
     driver = cuda.driver()
-    yield _cuda(driver, cuda.toolkit())
+    yield _cuda(driver, cuda.choose(driver))
     yield from _cupy()
     if measure:
         yield _speed("memory read", machine.memory_bandwidth, f"by {machine.cores().usable} threads")
@@ -121,7 +121,8 @@ def _memory(model: Path | None) -> Finding:
     return Finding("memory", OK, f"{text}; {size(weights)} of weights fit", values=values)
 
 
-def _cuda(driver: cuda.Driver, kit: cuda.Toolkit | None) -> Finding:
+def _cuda(driver: cuda.Driver, choice: cuda.Choice) -> Finding:
+    kit = choice.kit
     values = {
         "driver": driver.version and cuda.show(driver.version),
         "devices": [{"name": d.name, "memory": d.memory, "capability": cuda.show(d.capability)} for d in driver.devices],
@@ -129,16 +130,19 @@ def _cuda(driver: cuda.Driver, kit: cuda.Toolkit | None) -> Finding:
         "toolkit": kit and cuda.show(kit.version),
     }
     has = f"nvcc {cuda.show(kit.version)} at {kit.nvcc}" if kit else "no nvcc"
-    why = cuda.unusable(driver, kit)
     if not driver.devices:
         # A driver that is installed and does not answer is worth a look; none at all is the usual machine without a GPU.
         verdict = WARNING if driver.version else OK
-        return Finding("CUDA", verdict, f"none, so the CPU computes: {why}; {has}", values=values)
-    names = ", ".join(f"{d.name} ({size(d.memory)}, compute capability {cuda.show(d.capability)})" for d in driver.devices)
-    text = f"{names}; driver for CUDA up to {cuda.show(driver.version)}; {has}"
-    if why:
-        return Finding("CUDA", WARNING, f"{text}; the CPU computes, because {why}", values=values)
+        return Finding("CUDA", verdict, f"none, so the CPU computes: {choice.why}; {has}", values=values)
+    text = f"{', '.join(map(_device, driver.devices))}; driver for CUDA up to {cuda.show(driver.version)}; {has}"
+    if choice.why:
+        return Finding("CUDA", WARNING, f"{text}; the CPU computes, because {choice.why}", choice.fix, values)
     return Finding("CUDA", OK, text, values=values)
+
+
+def _device(device: cuda.Device) -> str:
+    capability = f"compute capability {cuda.show(device.capability)}: {cuda.arithmetic(device.capability)}"
+    return f"{device.name} ({size(device.memory)}, {capability})"
 
 
 def _cupy() -> Iterator[Finding]:

@@ -32,12 +32,14 @@ _JOB_MEMORY = 768 * MIB  # the largest compiler process took 450 MB
 # prctl(PR_SET_PDEATHSIG, SIGKILL): never outlives moss-jt. Jittor starts one compiler for each 3 GiB of the machine's
 # memory, whatever its cores and limits are, so it is told the memory that gives the right number. It leaves with 0, and
 # nothing imported, after its first step in some cases, asking to be run again; so what went well gets a code of its own.
+# A toolkit that it once downloaded (jtcuda) would have it start the process anew.
 _IMPORTED = 42
 _CHILD = f"""
 import ctypes, json, sys
 ctypes.CDLL(None).prctl(1, 9)
 sys.path[:] = json.loads(sys.argv[1])
-import jittor_utils
+import jittor_utils.install_cuda
+jittor_utils.install_cuda.has_installation = lambda: False
 jittor_utils.get_total_mem = lambda: int(sys.argv[2]) * 3 << 30
 import jittor
 sys.exit({_IMPORTED})

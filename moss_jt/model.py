@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .cache import Cache, Sequence
-from .devices import Host, Sweep
+from .devices import Cuda, Host, Sweep
 from .devices.sweep import Row
 from .errors import MossError
 from .sampling import Likeliest, Sampling
@@ -34,11 +34,23 @@ class Request(NamedTuple):
 class Model:
     """A MOSS, and the sequence it evaluated last. Not for use by several threads at once."""
 
-    def __init__(self, weights: Weights, context: int, plan: Plan | None = None):
-        """``context``: tokens to keep a cache for. ``plan``: which weights are in memory; without one, all are mapped."""
-        self.config, self.context = weights.config, context
-        self.device = Host(weights, context, plan)
+    def __init__(
+        self,
+        weights: Weights,
+        context: int,
+        plan: Plan | None = None,
+        kv_cache: str = "fp16",
+        device: Host | Cuda | None = None,
+    ):
+        """``context``: tokens to keep a cache for, and ``kv_cache``: in what, fp16 or int8. ``device``: made for the same; by
+        default the CPU, and then ``plan`` says which weights are in memory; without one, all are mapped."""
+        self.config, self.context, self.kv_cache = weights.config, context, kv_cache
+        self.device = device or Host(weights, context, plan, kv_cache)
         self.sequence = self.cache().sequences[0]
+
+    @property
+    def on_gpu(self) -> bool:
+        return isinstance(self.device, Cuda)
 
     @property
     def streams(self) -> bool:
@@ -46,7 +58,7 @@ class Model:
         return self.device.streams
 
     def cache(self, places: int = 1) -> Cache:
-        """Room for so many sequences."""
+        """An empty one for so many sequences."""
         return self.device.cache(places)
 
     def logits(self, ids, last: int = 1) -> np.ndarray:

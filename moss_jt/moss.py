@@ -8,35 +8,35 @@ from pathlib import Path
 import numpy as np
 
 from .config import Config
+from .devices import open_device
 from .drafts import Drafts
 from .errors import MossError
 from .generate import Answer, Piece, Stats, generate
 from .model import Model
-from .runtime import jittor
 from .sampling import Sampling
 from .stopping import Stop
-from .swap import plan_for
 from .tokenizer import load_tokenizer
 from .weights import open_weights
 
 
-def load(folder: str | Path, device: str = "auto", context: int = 2048, ram: str | int | None = None) -> Moss:
+def load(
+    folder: str | Path, device: str = "auto", context: int = 2048, ram: str | int | None = None, kv_cache: str = "fp16"
+) -> Moss:
     """Open a converted checkpoint for use.
 
     device: ``"auto"``, ``"cpu"`` or ``"cuda"``. context: the tokens to keep room for, prompt and answer together; at most
     n_ctx are, since the model was never trained beyond. ram: the most memory to use, in bytes or like ``"6GiB"``; weights that
-    do not fit are read from disk for every sweep; None: what is available less a margin. Raises MossError where the folder, the
-    device, the budget or this machine's setup is at fault. The first call on a machine compiles for minutes, and says so on
-    stderr.
+    do not fit are read from disk for every sweep; None: what is available less a margin. kv_cache: ``"fp16"`` or ``"int8"``, in
+    what the keys and values of tokens are kept. Raises MossError where the folder, the device, the budget or this machine's
+    setup is at fault. The first call on a machine compiles for minutes, and says so on stderr.
     """
     if context < 2:
         raise MossError(f"context is {context}, it must be 2 or more")
     weights = open_weights(folder)
     tokenizer = load_tokenizer(folder)
     context = min(context, weights.config.n_ctx)
-    plan = plan_for(weights, context, ram)
-    jittor(device)
-    return Moss(Model(weights, context, plan), tokenizer)
+    on = open_device(weights, context, ram, kv_cache, device)
+    return Moss(Model(weights, context, kv_cache=kv_cache, device=on), tokenizer)
 
 
 class Moss:
@@ -53,6 +53,16 @@ class Moss:
     @property
     def context(self) -> int:
         return self.model.context
+
+    @property
+    def kv_cache(self) -> str:
+        """In what keys and values are kept: ``"fp16"`` or ``"int8"``."""
+        return self.model.kv_cache
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the keys and values of the last sequence take."""
+        return self.config.cache_bytes_per_token(self.kv_cache) * self.model.sequence.length
 
     def logits(self, ids: Iterable[int], last: int = 1) -> np.ndarray:
         """Logits of the last ``last`` positions of a sequence, float32 (last, V)."""

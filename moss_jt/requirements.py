@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -127,6 +128,18 @@ def compiler() -> Finding:
         text = f"cc_path names {named}, whose name does not tell Jittor whether it is g++ or clang++"
         return Finding("compiler", PROBLEM, text, "unset cc_path")
     return Finding("compiler", OK, path, values={"path": path})
+
+
+def gcc() -> int:
+    """The major version of the g++ that Jittor will call; 0 where it calls another compiler, or none."""
+    path = compiler().values.get("path", "")
+    if "g++" not in os.path.basename(path) or "clang" in os.path.basename(path):
+        return 0
+    try:
+        answer = subprocess.run([path, "-dumpversion"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return int(re.match(r"\d*", answer)[0] or 0)
 
 
 def headers() -> Finding:

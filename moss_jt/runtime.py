@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from . import cuda, first_compile, requirements
+from . import cuda, first_compile, requirements, toolkit
 from .errors import MossError
 from .machine import cores
 
@@ -62,7 +62,7 @@ def jittor(device: str = "auto", threads: int | None = None) -> ModuleType:
         if _module is None:
             _module = _adopted() if "jittor" in sys.modules else _imported(device, threads)
     if device == "cuda" and not _module.has_cuda:
-        why = cuda.unusable(cuda.driver(), cuda.toolkit()) or "start a new process for it"
+        why = cuda.choose(cuda.driver()).reason or "start a new process for it"
         raise MossError(f"device cuda: Jittor was imported without CUDA in this process: {why}")
     if threads:
         ctypes.CDLL(None).omp_set_num_threads(threads)
@@ -90,19 +90,19 @@ def _imported(device: str, threads: int | None) -> ModuleType:
 
 
 def _nvcc(device: str) -> str:
-    """The nvcc to compile with; empty for the CPU. Raises MossError where ``cuda`` is asked and cannot be."""
+    """The nvcc to compile with, laid out for Jittor; empty for the CPU. Raises MossError where ``cuda`` cannot be."""
     if device == "cpu" or (device == "auto" and os.environ.get("nvcc_path") == ""):  # noqa: SIM112 (Jittor's own name)
         return ""
     driver = cuda.driver()
     if not driver.devices and device == "auto":
         return ""
-    kit = cuda.toolkit()
-    why = cuda.unusable(driver, kit)
-    if why and device == "cuda":
-        raise MossError(f"device cuda: {why}")
-    if why:
-        _say(f"using the CPU, not the {driver.devices[0].name}: {why}")
-    return "" if why else kit.nvcc
+    choice = cuda.choose(driver)
+    if choice.why and device == "cuda":
+        raise MossError(f"device cuda: {choice.reason}")
+    if choice.why:
+        _say(f"using the CPU, not the {driver.devices[0].name}: {choice.reason}")
+        return ""
+    return str(toolkit.assemble(choice.kit, [found.capability for found in driver.devices]))
 
 
 def _import(nvcc: str, threads: int | None) -> ModuleType:
@@ -112,8 +112,10 @@ def _import(nvcc: str, threads: int | None) -> ModuleType:
     cache = requirements.cache_folder()
     with _environment(chosen), _process_kept():
         try:
-            import jittor_utils
+            import jittor_utils.install_cuda
 
+            # A toolkit that it once downloaded would have it start this process anew.
+            jittor_utils.install_cuda.has_installation = lambda: False
             cache = Path(jittor_utils.cache_path)  # this compiler's, Python's and processor's part of it
             first_compile.ensure(cache, Path(jittor_utils.__file__).parent.parent / "jittor", cuda=bool(nvcc))
             import jittor

@@ -26,8 +26,9 @@ _TORCH = {
     "bf16": "BFloat16Storage",
     "bool": "BoolStorage",
     "int32": "IntStorage",
+    "int64": "LongStorage",
 }
-_SAFETENSORS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "bool": "BOOL"}
+_SAFETENSORS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "bool": "BOOL", "int32": "I32", "int64": "I64"}
 _TOKENIZER_WORDS = ["Ġ", "h", "i", "hi", "!"]
 
 

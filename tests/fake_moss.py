@@ -56,6 +56,7 @@ class FakeMoss:
         self.calls: list[dict] = []
         self.cached: list[int] = []
         self.last_stats = Stats()
+        self.kv_cache, self.cache_bytes = "int8", 12_340_000
 
     def chat(self, system: str | None = None) -> Conversation:
         return Conversation(self, system)
@@ -90,5 +91,5 @@ if __name__ == "__main__":
     import moss_jt
     from moss_jt.cli import main
 
-    moss_jt.load = lambda folder, device="auto", context=2048, ram=None: FakeMoss(context, _echo_or_endless, delay=0.002)
+    moss_jt.load = lambda folder, context=2048, **_: FakeMoss(context, _echo_or_endless, delay=0.002)
     main()

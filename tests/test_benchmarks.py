@@ -11,9 +11,15 @@ import pytest
 
 from moss_jt.bench import Shape
 from moss_jt.config import Config
+from moss_jt.dialogues import read_dialogues
+from moss_jt.tokenizer import load_tokenizer
 from moss_jt.weights.layout import Coding
 
+from .checkpoints import random_state, small_config, write_official
 from .conftest import ROOT
+from .dialogue_files import small_talk, write
+from .test_dialogues import TURN
+from .tokenizer_folders import official_folder
 
 SMALL = Config(n_layer=2, n_embd=256, n_head=4, n_inner=1024, rotary_dim=8, n_ctx=64, vocab_size=300)
 ASK = {"config": asdict(SMALL), "dtype": "int4", "head_dtype": "int8", "threads": 2, "used": 20}
@@ -30,12 +36,16 @@ serve({name: sample(name) for name in ("decode", "memory", "prefill")}, bytes_pe
 """
 
 
-@pytest.fixture
-def peers(monkeypatch):
-    spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks" / "peers.py")
+def program(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def peers():
+    return program("peers")
 
 
 @pytest.fixture
@@ -101,3 +111,53 @@ def test_the_real_programs(peers, tmp_path, name, needs):
             assert program.sample("memory") > 1e7
             assert program.facts["bytes_per_token"] == Shape(SMALL, Coding("int4", "int8")).token_bytes
         assert program.facts["version"] and json.dumps(program.facts)
+
+
+@pytest.fixture
+def golden_dialogues():
+    return program("golden_dialogues")
+
+
+def test_golden_turns_become_conversations(golden_dialogues, tmp_path):
+    """Reading what was written gives the ids back, and a newline that ends the turn."""
+    tokenizer = load_tokenizer(official_folder(tmp_path))
+    ids = [i for value in ("You are MOSS.\n", *TURN.values()) for i in tokenizer.encode(value)]
+    ids = ids[: -len(tokenizer.encode("\n"))]  # greedy decoding stops at <eom>
+    (tmp_path / "turns.json").write_text(json.dumps([{"prompt_ids": ids[:-9], "greedy_ids": ids[-9:]}] * 2))
+    golden_dialogues.main(str(tmp_path), str(tmp_path), str(tmp_path / "out.jsonl"))
+    first, second = read_dialogues(tmp_path / "out.jsonl", tokenizer)
+    assert first.ids.tolist() == second.ids.tolist() == [*ids, *tokenizer.encode("\n")]
+    assert [span.role for span in first.spans] == ["meta_instruction", *TURN]
+
+
+def test_golden_turns_that_would_change_are_refused(golden_dialogues, tmp_path):
+    tokenizer = load_tokenizer(official_folder(tmp_path))
+    ids = [i for value in TURN.values() for i in tokenizer.encode(value)]
+    split = [i for character in "hello" for i in tokenizer.encode(character)]  # which encoding would merge
+    with pytest.raises(ValueError, match="encoding gives other ids"):
+        golden_dialogues.conversation(split + ids[:-1], tokenizer)
+
+
+def test_the_golden_turns(golden_dialogues, golden, shared, tmp_path):
+    golden_dialogues.main(str(golden), str(shared / "moss_tokenizer"), str(tmp_path / "out.jsonl"))
+    records = json.loads((golden / "turns.json").read_text())
+    found = list(read_dialogues(tmp_path / "out.jsonl", load_tokenizer(shared / "moss_tokenizer")))
+    for record, dialogue in zip(records, found):
+        assert dialogue.ids[:-1].tolist() == record["prompt_ids"] + record["greedy_ids"]
+        assert dialogue.ids[dialogue.answers][-len(record["greedy_ids"]) :].tolist() == record["greedy_ids"]
+    assert len(found) == len(records)
+
+
+def test_gptq(tmp_path, monkeypatch, capsys):
+    gptq = program("gptq")
+    monkeypatch.setattr(gptq, "moon", lambda blocks: Config(blocks, 256, 4, 512, 8, 64, 24))
+    model = write_official(tmp_path / "model", small_config(), random_state(small_config()))
+    talk = write(tmp_path / "talk.jsonl", small_talk())
+    (tmp_path / "dir").mkdir()
+    args = ["--model", model, "--calibration", talk, "--layers", 2, "--act-order", "--dir", tmp_path / "dir", "--json"]
+    monkeypatch.setattr(sys, "argv", ["gptq.py", *map(str, args)])
+    gptq.main()
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["seconds_a_block"]) == 2 and found["tokens"] > 100 and found["act_order"]
+    assert found["spilled_bytes"] == found["tokens"] * 4 * (3 * 256 + 512) and found["peak_memory_bytes"] > 1e7
+    assert list((tmp_path / "dir").iterdir()) == []

@@ -190,7 +190,7 @@ def test_stats(moss):
     assert once.count("decode") == 1 and always.count("decode") == 2
     tokens = len(b" You said: one") + 1
     assert f"prefill {len(moss.prompts[0])} tokens + 0 cached, 0.01 s, " in once
-    assert f"decode {tokens} tokens, {(tokens - 1) / 100:.2f} s, 100.0 tokens/s; memory " in once
+    assert f"decode {tokens} tokens, {(tokens - 1) / 100:.2f} s, 100.0 tokens/s\n  KV cache 12.3 MB in int8; memory " in once
     assert "No answer yet" in run("/stats\n").stderr or moss.prompts
 
 

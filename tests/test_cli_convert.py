@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
@@ -16,6 +17,8 @@ from moss_jt.cli import main
 from moss_jt.weights import open_weights
 from moss_jt.weights.layout import BITS, Coding
 from tests.checkpoints import random_state, small_config, write_official
+from tests.dialogue_files import small_talk, write
+from tests.gptq_checkpoints import random_gptq
 
 CONFIG = small_config()
 MAIN = [sys.executable, "-c", "import sys; from moss_jt.cli import main; main(sys.argv[1:])"]
@@ -56,6 +59,21 @@ def test_export_to_safetensors(tmp_path, src, run):
     assert (tmp_path / "out/model.safetensors").exists()
 
 
+def test_export_to_gguf(tmp_path, src, run):
+    dst, out = tmp_path / "dst", tmp_path / "m.gguf"
+    run("convert", "weights", src, dst, "--dtype", "int8")
+    export = ("convert", "export", dst, out, "--format", "gguf-f16")
+    note = f"{dst} is in int8: weights are dequantised and stored as gguf-f16\n"
+    code, stdout, stderr = run(*export, "--dry-run")
+    assert (code, stderr, out.exists(), (tmp_path / "m.gguf.partial").exists()) == (0, note, False, False)
+    assert "blk.1 " in stdout and "m.gguf: 5 parts, " in stdout and "tokenizer" not in stdout
+    code, stdout, stderr = run(*export)
+    assert (code, stderr) == (0, note) and stdout == f"{out}: {out.stat().st_size / 1e6:.2f} MB in 5 parts.\n"
+    code, stdout, stderr = run("convert", "export", dst, tmp_path / "m.bin", "--format", "gguf-q8_0")
+    assert (code, stdout) == (1, "") and "has to end in .gguf" in stderr and stderr.count("\n") == 1
+    assert run("convert", "export", dst, out, "--format", "gguf-q2_k")[0] == 2
+
+
 def test_every_dtype_for_blocks_and_head(tmp_path, src, run):
     for dtype in BITS:
         dst = tmp_path / dtype
@@ -72,6 +90,54 @@ def test_every_dtype_for_blocks_and_head(tmp_path, src, run):
     code, stdout, _ = run("convert", "weights", src, tmp_path / "dry", "--dtype", "int4", "--dry-run")
     for path in (tmp_path / "int4").glob("*.safetensors"):
         assert f"{path.stat().st_size:,} bytes" in next(line for line in stdout.splitlines() if line.startswith(path.name))
+
+
+def test_gptq_and_back(tmp_path, run):
+    made = random_gptq(small_config(n_embd=64), 4, 32, True)
+    made.config["groupsize"] = 128
+    src, dst, out = made.write(tmp_path / "src"), tmp_path / "dst", tmp_path / "out"
+    says = f"{src / 'config.json'}: says groups of 128, but the tensors have groups of 32; the tensors are right\n"
+    code, stdout, stderr = run("convert", "weights", src, dst, "--dry-run")
+    assert code == 0 and stderr == says and "nothing was written" in stdout and not dst.exists()
+    code, stdout, stderr = run("convert", "weights", src, dst, "--head-dtype", "int8")
+    assert code == 0 and stderr == says and stdout.startswith(f"{dst}: ")
+    assert run("convert", "weights", src, dst, "--head-dtype", "int8") == (0, f"{dst}: already converted from {src}\n", "")
+    code, stdout, stderr = run("convert", "weights", src, tmp_path / "int8", "--dtype", "int8")
+    assert code == 1 and stdout == "" and "quantised to int4 and kept so" in stderr and stderr.count("\n") == 1
+    code, stdout, stderr = run("convert", "export", dst, out, "--format", "gptq")
+    assert (
+        code == 0 and "in 1 files" in stdout and stderr.endswith("lm_head is in int8, GPTQ's layout has it in fp16: rounded\n")
+    )
+    assert json.loads((out / "config.json").read_text())["groupsize"] == 32
+
+
+def test_gptq(tmp_path, src, run):
+    talk, dst = write(tmp_path / "talk.jsonl", small_talk()), tmp_path / "dst"
+    args = ["convert", "weights", src, dst, "--dtype", "int4", "--method", "gptq", "--calibration", talk, "--group-size", "8"]
+    code, stdout, stderr = run(*args, "--act-order", "--dry-run")
+    assert code == 0 and stderr == "" and "to keep until then" in stdout and not dst.exists()
+    code, stdout, stderr = run(*args, "--act-order")
+    assert code == 0 and stderr == "" and stdout.startswith(f"{dst}: ")
+    assert all(name in stdout for name in ("qkv_proj", "fc_in", "out_proj", "fc_out", "seconds"))
+    assert open_weights(dst).coding == Coding("int4", "int8", 8, True)
+    assert run(*args, "--act-order")[1] == f"{dst}: already converted from {src}\n"
+    assert run("convert", "export", dst, tmp_path / "out", "--format", "gptq")[0] == 0
+    assert not (tmp_path / "out/quantisation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--method", "gptq"], "gptq needs dialogues to calibrate with"),
+        (["--calibration", "x.jsonl"], "rtn uses no calibration"),
+        (["--act-order"], "rtn has no order of inputs"),
+        (["--group-size", "12"], "group_size is 12, it must be a multiple of 8, at most 128"),
+        (["--method", "gptq", "--calibration", "no.jsonl"], "no.jsonl: cannot be read: No such file"),
+    ],
+)
+def test_what_does_not_go_together(tmp_path, src, run, options, says):
+    code, stdout, stderr = run("convert", "weights", src, tmp_path / "dst", "--dtype", "int4", *options)
+    assert code == 1 and stdout == "" and stderr.startswith("moss-jt: ") and says in stderr and stderr.count("\n") == 1
 
 
 def test_dry_run_writes_nothing(tmp_path, src, run):
@@ -106,6 +172,8 @@ def test_errors_are_one_line_and_1(tmp_path, src, run):
         ["weights", "src", "dst", "more"],
         ["weights", "src", "dst", "--dtype", "int3"],
         ["weights", "src", "dst", "--head-dtype", "int3"],
+        ["weights", "src", "dst", "--method", "awq"],
+        ["weights", "src", "dst", "--group-size", "many"],
         ["export", "src", "dst", "--shard-size", "0"],
         ["export", "src", "dst", "--shard-size", "10 parsecs"],
         ["export", "src", "dst", "--format", "gguf"],

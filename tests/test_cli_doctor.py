@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from moss_jt import cuda, doctor, machine, requirements, runtime
 from moss_jt.cli.doctor import command
-from moss_jt.cuda import Device, Driver, Toolkit
+from moss_jt.cuda import Choice, Device, Driver, Toolkit
 from moss_jt.errors import MossError
 from moss_jt.requirements import Finding
 
@@ -112,24 +112,36 @@ def test_no_such_checkpoint(tmp_path):
 
 
 GPU = Driver((12, 4), (Device("Card", 8 << 30, (8, 6)),))
-KIT = Toolkit("/c/bin/nvcc", (12, 2), ())
+KIT = Toolkit("/c/bin/nvcc", (12, 2))
+CARD = "Card (8.0 GiB, compute capability 8.6: tensor cores (m16n8k16 and cp.async)); driver for CUDA up to 12.4; "
 
 
 @pytest.mark.parametrize(
-    ("driver", "kit", "verdict", "text"),
+    ("driver", "choice", "verdict", "text", "fix"),
     [
-        (GPU, KIT, "ok", "Card (8.0 GiB, compute capability 8.6); driver for CUDA up to 12.4; nvcc 12.2 at /c/bin/nvcc"),
-        (GPU, None, "warning", "no nvcc; the CPU computes, because there is no nvcc"),
-        (GPU, Toolkit("/c/bin/nvcc", (12, 8), ()), "warning", "update the driver"),
-        (Driver(problem="no NVIDIA driver"), KIT, "ok", "none, so the CPU computes: no NVIDIA driver; nvcc 12.2"),
-        (Driver((12, 4), problem="it fails"), None, "warning", "none, so the CPU computes: it fails; no nvcc"),
+        (GPU, Choice(KIT), "ok", CARD + "nvcc 12.2 at /c/bin/nvcc", ""),
+        (
+            GPU,
+            Choice(None, "there is none", "get it"),
+            "warning",
+            CARD + "no nvcc; the CPU computes, because there is none",
+            "get it",
+        ),
+        (
+            Driver(problem="-"),
+            Choice(KIT, "no driver"),
+            "ok",
+            "none, so the CPU computes: no driver; nvcc 12.2 at /c/bin/nvcc",
+            "",
+        ),
+        (Driver((12, 4), problem="-"), Choice(None, "it fails"), "warning", "none, so the CPU computes: it fails; no nvcc", ""),
     ],
 )
-def test_cuda(monkeypatch, driver, kit, verdict, text):
+def test_cuda(monkeypatch, driver, choice, verdict, text, fix):
     monkeypatch.setattr(cuda, "driver", lambda: driver)
-    monkeypatch.setattr(cuda, "toolkit", lambda: kit)
+    monkeypatch.setattr(cuda, "choose", lambda found: choice)
     found = as_json("--quick")["CUDA"]
-    assert found["verdict"] == verdict and text in found["text"]
+    assert (found["verdict"], found["text"], found["fix"]) == (verdict, text, fix)
 
 
 def test_links_of_each_device(monkeypatch):

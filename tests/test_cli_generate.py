@@ -23,7 +23,8 @@ FAKE = [sys.executable, "-m", "tests.fake_moss"]
 @pytest.fixture
 def moss(monkeypatch):
     fake = FakeMoss()
-    monkeypatch.setattr(moss_jt, "load", lambda *a, **k: fake, raising=False)
+    fake.loads = []
+    monkeypatch.setattr(moss_jt, "load", lambda *a, **k: fake.loads.append(k) or fake, raising=False)
     return fake
 
 
@@ -85,6 +86,17 @@ def test_settings_reach_the_model(moss):
     }
 
 
+def test_what_the_model_is_loaded_with(moss):
+    run("hi")
+    run("hi", "--context", "99", "--ram", "6GiB", "--device", "cpu", "--kv-cache", "int8")
+    assert moss.loads == [
+        {"device": "auto", "context": 2048, "ram": None, "kv_cache": "fp16"},
+        {"device": "cpu", "context": 99, "ram": 6 << 30, "kv_cache": "int8"},
+    ]
+    defaults = inspect.signature(moss_jt.moss.load).parameters
+    assert all(defaults[name].default == value for name, value in moss.loads[0].items())
+
+
 def test_defaults_are_the_librarys():
     parameters = inspect.signature(moss_jt.Moss.generate).parameters
     for name, setting in SETTINGS.items():
@@ -101,6 +113,7 @@ def test_defaults_are_the_librarys():
         ["--top-k", "-1", "hi"],
         ["--max-new-tokens", "0", "hi"],
         ["--seed", "x", "hi"],
+        ["--kv-cache", "int4", "hi"],
         ["hi", "there"],
     ],
 )

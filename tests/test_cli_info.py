@@ -10,6 +10,7 @@ import pytest
 from moss_jt import convert
 from moss_jt.cli import main
 from tests.checkpoints import random_state, small_config, write_official
+from tests.gptq_checkpoints import random_gptq
 
 CONFIG = small_config(n_layer=5)
 STATE = random_state(CONFIG)
@@ -52,7 +53,8 @@ def test_converted(tmp_path, info):
     assert (found["kind"], found["format"], found["dtype"], found["head_dtype"]) == ("converted", 3, "fp16", "fp16")
     assert found["parameters"] == PARAMETERS
     assert found["bytes"] == sum(p.stat().st_size for p in dst.glob("*.safetensors")) == sum(f["bytes"] for f in found["files"])
-    assert found["cache_bytes_per_token"] == 5 * 2 * 16 * 2 and found["cache_bytes_at_n_ctx"] == 32 * 5 * 2 * 16 * 2
+    assert found["cache_bytes_per_token"] == {"fp16": 5 * 2 * 16 * 2, "int8": 5 * 2 * (16 + 4 * 4)}
+    assert found["cache_bytes_at_n_ctx"] == {kv: 32 * size for kv, size in found["cache_bytes_per_token"].items()}
     block = next(f for f in found["files"] if f["name"] == "block-04.safetensors")
     assert block["tensors"][2] == {"name": "in.weight", "dtype": "F16", "shape": [112, 16]}
 
@@ -87,7 +89,7 @@ def test_what_people_see(tmp_path, info):
     assert code == 0
     for text in (
         "format 3, fp16, lm_head in fp16",
-        "320 bytes a token",
+        "320 bytes a token in fp16",
         "block-00.safetensors",
         "3 more blocks",
         "block-04",
@@ -130,7 +132,23 @@ def test_a_broken_converted_one(tmp_path, info):
 def test_the_quantised_ones(official_checkpoint, info):
     code, stdout, _ = info("--json", official_checkpoint("moss-tiny-sft-int4"))
     found = json.loads(stdout)
-    assert code == 1 and "quantised with GPTQ" in found["problems"][0] and found["dtypes"]["I32"] > 0
+    assert code == 0 and not found["problems"] and found["dtypes"]["I32"] == 6 * 4 * 3
+    assert found["gptq"] == {"dtype": "int4", "group_size": 128, "act_order": False, "notes": []}
+
+
+def test_gptq(tmp_path, info):
+    made = random_gptq(small_config(n_embd=64), 8, 32, act_order=True)
+    made.config["wbits"] = 4
+    src = made.write(tmp_path / "src")
+    code, stdout, _ = info(src)
+    assert code == 0 and "GPTQ in int8, groups of 32, act-order" in " ".join(stdout.split()) and "It can be converted" in stdout
+    assert "config.json: says 4 bits, but the tensors are in 8; the tensors are right" in stdout
+    code, stdout, _ = info("--json", convert.weights(src, tmp_path / "dst"))
+    found = json.loads(stdout)
+    assert code == 0 and (found["dtype"], found["group_size"], found["act_order"]) == ("int8", 32, True)
+    made.stored.pop("transformer.h.1.mlp.fc_in.scales")
+    code, stdout, _ = info(made.write(tmp_path / "src"))
+    assert code == 1 and "tensor transformer.h.1.mlp.fc_in.scales is missing" in stdout
 
 
 def test_no_models_folder(tmp_path, info):

@@ -45,6 +45,19 @@ def test_json(capsys, weights, measured):
     assert found["prefill"]["tokens_s"] > found["decode"]["tokens_s"] and found["context"] == 300
 
 
+def test_a_cache_in_int8(capsys, weights):
+    found = {}
+    for kv_cache in ("fp16", "int8"):
+        _, out, _ = run(
+            capsys, weights.folder, "--ram", "1GiB", "--context", 300, "--no-measure", "--json", "--kv-cache", kv_cache
+        )
+        found[kv_cache] = json.loads(out)
+        assert found[kv_cache]["kv_cache"] == kv_cache
+        assert found[kv_cache]["memory"]["KV cache"] == 300 * weights.config.cache_bytes_per_token(kv_cache)
+    assert found["int8"]["peak"] < found["fp16"]["peak"]
+    assert "300 tokens in int8" in run(capsys, weights.folder, "--context", 300, "--no-measure", "--kv-cache", "int8")[1]
+
+
 def test_table(capsys, weights, measured):
     budget = plan(weights, 0.4, 512).budget
     code, out, err = run(capsys, weights.folder, "--ram", budget)
@@ -67,7 +80,12 @@ def test_measuring(capsys, weights, measured):
 def test_refusals(capsys, weights, tmp_path):
     code, out, err = run(capsys, weights.folder, "--ram", "1MiB")
     assert (code, out) == (1, "") and err.count("\n") == 1 and "is the smallest that works" in err
-    for args in ((weights.folder, "--ram", "much"), (weights.folder, "--context", "1"), ()):
+    for args in (
+        (weights.folder, "--ram", "much"),
+        (weights.folder, "--context", "1"),
+        (weights.folder, "--kv-cache", "int4"),
+        (),
+    ):
         assert run(capsys, *args)[0] == 2
     code, _, err = run(capsys, tmp_path / "none")
     assert code == 1 and err.endswith("no such folder\n") and err.count("\n") == 1

@@ -21,7 +21,10 @@ def test_the_official_model():
     assert (config.n_layer, config.n_embd, config.n_head, config.rotary_dim) == (34, 6144, 24, 64)
     assert config.n_inner == 24576 and config.head_size == 256
     assert (config.n_ctx, config.vocab_size, config.eos_token_id) == (2048, 107008, 106068)
-    assert config.cache_bytes_per_token == 835_584
+    assert config.cache_bytes_per_token() == config.cache_bytes_per_token("fp16") == 835_584
+    assert config.cache_bytes_per_token("int8") == 424_320
+    with pytest.raises(MossError, match=r"^kv_cache is 'int4', it must be fp16 or int8$"):
+        config.cache_bytes_per_token("int4")
 
 
 def test_n_inner_and_n_positions():

@@ -7,12 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from moss_jt import cuda
-from moss_jt.cuda import Device, Driver, Toolkit, unusable
+from moss_jt.cuda import Choice, Device, Driver, Toolkit, arithmetic, choose
 
 # Each function as CUDA's own libcuda has it; INIT is what cuInit answers, DEVICES how many there are.
 LIBCUDA = r"""
@@ -104,70 +103,122 @@ def test_link_bandwidth_of_no_device(ask):
     assert ask("attempt(lambda: cuda.link_bandwidth(1))") == "the NVIDIA driver answers unknown (101) to cuDeviceGet"
 
 
-def nvcc(folder: Path, release: str, complete: bool = True) -> Path:
-    """A toolkit's folder; returns its nvcc."""
-    for name in [*cuda._LIBRARIES, *cuda._HEADERS] if complete else []:
-        path = folder / ("include" if name.endswith(".h") else "lib64") / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    path = folder / "bin/nvcc"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.48'\n")
-    path.chmod(0o755)
-    return path
+GPU = Driver((12, 4), (Device("Card", 1 << 33, (8, 6)),))
+OLD_GPU, NEW_GPU = Driver((13, 0), (Device("Old", 1 << 33, (6, 1)),)), Driver((12, 8), (Device("New", 1 << 33, (12, 0)),))
+CODES = (50, 60, 75, 86, 90)
+
+
+def kit(version: tuple = (12, 4), codes: tuple = CODES, **more) -> Toolkit:
+    return Toolkit("/c/bin/nvcc", version, codes, **more)
 
 
 @pytest.fixture
-def only(monkeypatch):
-    """Call with paths: nvcc is looked for there and nowhere else."""
+def there(monkeypatch):
+    """Call with toolkits: those are all that this machine has. Its g++ is 12."""
+    monkeypatch.setattr(cuda.requirements, "gcc", lambda: 12)
     monkeypatch.delenv("nvcc_path", raising=False)
-    return lambda *paths: monkeypatch.setattr(cuda, "_NVCC", tuple(map(str, paths)))
-
-
-def test_toolkit(tmp_path, only):
-    path = nvcc(tmp_path / "cuda", "12.2")
-    link = tmp_path / "nvcc"
-    link.symlink_to(path)  # Jittor looks beside what the link leads to
-    only(tmp_path / "missing", link)
-    assert cuda.toolkit() == Toolkit(str(link), (12, 2), ())
-
-
-def test_a_complete_toolkit_is_preferred(tmp_path, only, monkeypatch):
-    bare, whole = nvcc(tmp_path / "a", "11.8", complete=False), nvcc(tmp_path / "b", "12.2")
-    only(bare, whole)
-    assert cuda.toolkit().nvcc == str(whole)
-    only(bare)
-    assert cuda.toolkit().missing[0] == str(tmp_path / "a/lib64/libcudart.so")
-    monkeypatch.setenv("nvcc_path", str(whole))
-    assert cuda.toolkit().nvcc == str(whole)
-
-
-def test_no_toolkit(tmp_path, only):
-    broken = tmp_path / "nvcc"
-    broken.write_text("#!/bin/sh\necho nonsense\n")
-    broken.chmod(0o755)
-    only(broken, tmp_path / "missing")
-    assert cuda.toolkit() is None
-
-
-GPU = Driver((12, 4), (Device("Card", 1 << 33, (8, 6)),))
+    return lambda *kits: monkeypatch.setattr(cuda, "toolkits", lambda: iter(kits))
 
 
 @pytest.mark.parametrize(
-    ("driver", "kit", "why"),
+    ("driver", "found"),
     [
-        (GPU, Toolkit("/c/bin/nvcc", (12, 4), ()), ""),
-        (GPU, Toolkit("/c/bin/nvcc", (11, 8), ()), ""),
-        (Driver(problem="no driver"), Toolkit("/c/bin/nvcc", (12, 4), ()), "no driver"),
-        (GPU, None, "there is no nvcc: install"),
-        (GPU, Toolkit("/c/bin/nvcc", (13, 0), ()), "CUDA 13.0, and Jittor takes 11 and 12"),
-        (GPU, Toolkit("/c/bin/nvcc", (12, 4), ("/c/lib64/libcublas.so",)), "there is no libcublas.so (/c/lib64/libcublas.so)"),
-        (
-            GPU,
-            Toolkit("/c/bin/nvcc", (12, 6), ()),
-            "driver runs CUDA up to 12.4, and /c/bin/nvcc is 12.6: update the driver",
-        ),
+        (GPU, kit()),
+        (GPU, kit((11, 8))),
+        (GPU, kit((12, 9))),  # within one major version, an older driver runs what is compiled for its device
+        (GPU, kit(codes=())),
+        (GPU, kit(newest_gcc=12)),
+        (OLD_GPU, kit()),
+        (Driver((13, 0), (Device("Card", 1 << 33, (12, 0)),)), kit((12, 4))),  # the driver translates
+        (Driver((13, 0), (Device("Card", 1 << 33, (12, 0)),)), kit((13, 0), (75, 120))),
     ],
 )
-def test_unusable(driver, kit, why):
-    assert why in unusable(driver, kit) and bool(why) == bool(unusable(driver, kit))
+def test_a_toolkit_that_will_do(there, driver, found):
+    there(found)
+    assert choose(driver) == Choice(found) and choose(driver).reason == ""
+
+
+@pytest.mark.parametrize(
+    ("driver", "found", "why", "fix"),
+    [
+        (GPU, None, "there is no nvcc", "sudo apt-get install nvidia-cuda-toolkit"),
+        (
+            Driver((13, 1), GPU.devices),
+            None,
+            "there is no nvcc",
+            "-m pip install 'cuda-toolkit[nvcc,cccl,cublas,curand]==13.*'",
+        ),
+        (OLD_GPU, None, "there is no nvcc", "sudo apt-get install nvidia-cuda-toolkit"),  # CUDA 13 is not for it
+        (
+            OLD_GPU,
+            kit((13, 0), (75, 86)),
+            "nvcc 13.0 at /c/bin/nvcc compiles for compute capability 7.5 and up, and this has 6.1",
+            "sudo apt-get install nvidia-cuda-toolkit",
+        ),
+        (
+            Driver((11, 4), (Device("Card", 1 << 33, (3, 5)),)),
+            kit(),
+            "the kernels need compute capability 6.0, and this has 3.5",
+            "",
+        ),
+        (GPU, kit((10, 2)), "nvcc 10.2 at /c/bin/nvcc is too old for Jittor", "sudo apt-get install nvidia-cuda-toolkit"),
+        (
+            GPU,
+            kit((13, 0), (75, 86)),
+            "the driver runs CUDA up to 12.4, and nvcc 13.0 at /c/bin/nvcc is newer: update the driver",
+            "sudo apt-get install nvidia-cuda-toolkit",
+        ),
+        (NEW_GPU, kit((12, 9)), "nvcc 12.9 at /c/bin/nvcc is older than this device and newer than the driver: update", ""),
+        (
+            GPU,
+            kit(newest_gcc=11),
+            "nvcc 12.4 at /c/bin/nvcc takes g++ up to 11, and this is g++ 12",
+            "sudo apt-get install g++-11; export cc_path=g++-11",
+        ),
+        (
+            GPU,
+            kit(missing=("cublas_v2.h", "libcurand")),
+            "nvcc 12.4 at /c/bin/nvcc has no cublas_v2.h and no libcurand",
+            "-m pip install 'cuda-toolkit[cudart,cccl,cublas,curand]==12.*'",
+        ),
+        (GPU, kit((11, 8), missing=("curand.h",)), "has no curand.h", "nvidia-cublas-cu11 nvidia-curand-cu11"),
+    ],
+)
+def test_what_keeps_the_device_from_computing(there, driver, found, why, fix):
+    there(*filter(None, [found]))
+    choice = choose(driver)
+    assert choice.kit == found and why in choice.why and choice.fix.endswith(fix) and bool(fix) == bool(choice.fix)
+    assert choice.reason == (f"{choice.why}: {choice.fix}" if fix else choice.why)
+
+
+def test_the_first_that_will_do(there):
+    unfit, fit = kit((13, 0)), kit((12, 2))
+    there(unfit, kit(missing=("curand.h",)), fit)
+    assert choose(GPU) == Choice(fit)
+    there(unfit, kit(missing=("curand.h",)))
+    assert choose(GPU).kit == unfit and "is newer" in choose(GPU).why  # the first one's reason is the one given
+
+
+def test_an_nvcc_path_that_leads_nowhere(there, monkeypatch):
+    there()
+    monkeypatch.setenv("nvcc_path", "/missing/nvcc")
+    assert choose(GPU).reason == "nvcc_path names /missing/nvcc, which is no nvcc: unset nvcc_path"
+
+
+def test_no_device(there):
+    there(kit())
+    assert choose(Driver(problem="no driver")) == Choice(kit(), "no driver")
+
+
+@pytest.mark.parametrize(
+    ("capability", "used"),
+    [
+        ((6, 1), "plain CUDA cores"),
+        ((7, 0), "plain CUDA cores"),
+        ((7, 5), "tensor cores (m16n8k8)"),
+        ((8, 0), "tensor cores (m16n8k16 and cp.async)"),
+        ((12, 0), "tensor cores (m16n8k16 and cp.async)"),
+    ],
+)
+def test_arithmetic(capability, used):
+    assert arithmetic(capability) == used

@@ -16,7 +16,7 @@ import pytest
 
 import moss_jt
 from moss_jt.cli import COMMANDS, group
-from moss_jt.config import Config
+from moss_jt.config import KV_CACHES, Config
 from moss_jt.weights.layout import WTE_FILE, Coding, files_of
 
 from .checkpoints import random_state, small_config, write_official
@@ -209,8 +209,8 @@ def test_both_readmes_show_the_same_commands():
 
 
 def test_figures_of_the_large_model():
-    cache = MOON.cache_bytes_per_token
-    figures = [f"{cache:,} ", f"{cache * MOON.n_ctx / 1e9:.1f} GB"]
+    caches = [MOON.cache_bytes_per_token(kv_cache) for kv_cache in KV_CACHES]
+    figures = [figure for cache in caches for figure in (f"{cache:,} ", f"{cache * MOON.n_ctx / 1e9:.1f} GB")]
     for coding in (Coding(), Coding("int8", "int8"), Coding("int4", "int8")):
         sizes = {name: sum(t.nbytes for t in tensors) for name, tensors in files_of(MOON, coding).items()}
         a_token = sum(n for name, n in sizes.items() if name != WTE_FILE)

@@ -26,7 +26,9 @@ class Fake:
         self.package.mkdir(parents=True)
         self.cache.mkdir()
         (self.package / "compiler.py").touch()
-        (folder / "site/jittor_utils.py").write_text("def get_total_mem(): return 0\n")
+        (folder / "site/jittor_utils").mkdir()
+        (folder / "site/jittor_utils/__init__.py").write_text("def get_total_mem(): return 0\n")
+        (folder / "site/jittor_utils/install_cuda.py").touch()
         self.does(FINISH)
 
     def does(self, body: str) -> None:

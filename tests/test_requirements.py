@@ -97,6 +97,22 @@ def test_compiler_that_cc_path_names(tmp_path, monkeypatch, name, verdict):
     assert verdict == OK or f"{path}" in requirements.compiler().text
 
 
+@pytest.mark.parametrize(
+    ("name", "answer", "version"),
+    [("g++-11", "echo 11", 11), ("x86_64-linux-gnu-g++", "echo 12.2.0", 12), ("clang++", "echo 14", 0), ("g++", "exit 1", 0)],
+)
+def test_version_of_gcc(tmp_path, monkeypatch, name, answer, version):
+    path = tmp_path / name
+    path.write_text(f"#!/bin/sh\n{answer}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("cc_path", str(path))
+    assert requirements.gcc() == version
+    path.write_text("#!/nowhere\n")
+    assert requirements.gcc() == 0
+    path.unlink()
+    assert requirements.gcc() == 0
+
+
 def test_jittor_missing_or_another(monkeypatch):
     monkeypatch.setattr(requirements.importlib.metadata, "version", lambda name: "1.3.9")
     assert requirements.jittor().verdict == WARNING and "1.3.9" in requirements.jittor().text

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from moss_jt import cuda, requirements, runtime
-from moss_jt.cuda import Device, Driver, Toolkit
+from moss_jt import cuda, requirements, runtime, toolkit
+from moss_jt.cuda import Choice, Device, Driver, Toolkit
 from moss_jt.errors import MossError
 
 # Imports Jittor as a program would, and says what that did to the process.
@@ -93,6 +93,7 @@ def test_damaged_after_its_compile(tmp_path):
     """A Jittor that was compiled well and does not load now."""
     (tmp_path / "jittor_utils").mkdir()
     (tmp_path / "jittor_utils/__init__.py").write_text(f"cache_path = {str(tmp_path)!r}\n")
+    (tmp_path / "jittor_utils/install_cuda.py").touch()
     (tmp_path / "jittor").mkdir()
     (tmp_path / "jittor/compiler.py").touch()
     body = "import sys\nif 'moss_jt.runtime' in sys.modules: raise ImportError('file too short')\n"
@@ -109,46 +110,49 @@ def fresh(monkeypatch):
     """As in a process that has not imported Jittor; importing it gives the nvcc it was imported with."""
     monkeypatch.setattr(runtime, "_module", None)
     monkeypatch.setattr(runtime, "_import", lambda nvcc, threads: SimpleNamespace(nvcc=nvcc, has_cuda=bool(nvcc)))
+    monkeypatch.setattr(toolkit, "assemble", lambda kit, capabilities: f"{kit.nvcc} for {capabilities}")
     monkeypatch.delenv("nvcc_path", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "jittor"]:
         monkeypatch.delitem(sys.modules, name)
 
 
 NO_GPU, GPU = Driver(problem="no NVIDIA driver is installed"), Driver((12, 4), (Device("Card", 1 << 33, (8, 6)),))
-NEW, OLD = Toolkit("/c13/bin/nvcc", (13, 0), ()), Toolkit("/c12/bin/nvcc", (12, 2), ())
+FIT, UNFIT = Choice(Toolkit("/c/nvcc", (12, 2))), Choice(Toolkit("/c13/nvcc", (13, 0)), "it is newer", "sudo mend it")
+USED = "/c/nvcc for [(8, 6)]"
+
+
+def machine(monkeypatch, driver: Driver, choice: Choice) -> None:
+    monkeypatch.setattr(cuda, "driver", lambda: driver)
+    monkeypatch.setattr(cuda, "choose", lambda found: choice if found.devices else Choice(choice.kit, found.problem))
 
 
 @pytest.mark.parametrize(
-    ("device", "driver", "kit", "nvcc", "said"),
+    ("device", "driver", "choice", "nvcc", "said"),
     [
-        ("auto", NO_GPU, NEW, "", ""),  # nvcc alone says nothing
-        ("auto", NO_GPU, OLD, "", ""),
-        ("auto", GPU, OLD, "/c12/bin/nvcc", ""),
-        ("cuda", GPU, OLD, "/c12/bin/nvcc", ""),
-        ("cpu", GPU, OLD, "", ""),
-        ("auto", GPU, NEW, "", "moss-jt: using the CPU, not the Card: the toolkit of /c13/bin/nvcc is CUDA 13.0"),
-        ("auto", GPU, None, "", "moss-jt: using the CPU, not the Card: there is no nvcc"),
-        ("cuda", GPU, None, None, "device cuda: there is no nvcc"),
-        ("cuda", NO_GPU, OLD, None, "device cuda: no NVIDIA driver is installed"),
-        ("gpu", NO_GPU, OLD, None, "device is 'gpu', expected auto, cpu or cuda"),
+        ("auto", NO_GPU, FIT, "", ""),  # nvcc alone says nothing
+        ("auto", GPU, FIT, USED, ""),
+        ("cuda", GPU, FIT, USED, ""),
+        ("cpu", GPU, FIT, "", ""),
+        ("auto", GPU, UNFIT, "", "moss-jt: using the CPU, not the Card: it is newer: sudo mend it\n"),
+        ("auto", GPU, Choice(None, "there is no nvcc"), "", "moss-jt: using the CPU, not the Card: there is no nvcc\n"),
+        ("cuda", GPU, UNFIT, None, "device cuda: it is newer: sudo mend it"),
+        ("cuda", NO_GPU, FIT, None, "device cuda: no NVIDIA driver is installed"),
+        ("gpu", NO_GPU, FIT, None, "device is 'gpu', expected auto, cpu or cuda"),
     ],
 )
-def test_device(fresh, monkeypatch, capsys, device, driver, kit, nvcc, said):
-    monkeypatch.setattr(cuda, "driver", lambda: driver)
-    monkeypatch.setattr(cuda, "toolkit", lambda: kit)
+def test_device(fresh, monkeypatch, capsys, device, driver, choice, nvcc, said):
+    machine(monkeypatch, driver, choice)
     if nvcc is None:
         with pytest.raises(MossError) as e:
             runtime.jittor(device)
-        assert str(e.value).startswith(said)
+        assert str(e.value) == said
         return
     assert runtime.jittor(device).nvcc == nvcc
-    err = capsys.readouterr().err
-    assert err.startswith(said) and len(err.splitlines()) == bool(said)
+    assert capsys.readouterr().err == said
 
 
 def test_cuda_that_the_environment_turns_off(fresh, monkeypatch):
-    monkeypatch.setattr(cuda, "driver", lambda: GPU)
-    monkeypatch.setattr(cuda, "toolkit", lambda: OLD)
+    machine(monkeypatch, GPU, FIT)
     monkeypatch.setenv("nvcc_path", "")
     assert runtime.jittor().nvcc == ""
 
@@ -159,8 +163,7 @@ def test_cuda_that_does_not_compile(fresh, monkeypatch, capsys):
             raise MossError("Jittor cannot be compiled: boom")
         return SimpleNamespace(has_cuda=0)
 
-    monkeypatch.setattr(cuda, "driver", lambda: GPU)
-    monkeypatch.setattr(cuda, "toolkit", lambda: OLD)
+    machine(monkeypatch, GPU, FIT)
     monkeypatch.setattr(runtime, "_import", fail)
     with pytest.raises(MossError, match="boom"):
         runtime.jittor("cuda")
@@ -168,11 +171,11 @@ def test_cuda_that_does_not_compile(fresh, monkeypatch, capsys):
     assert capsys.readouterr().err == "moss-jt: using the CPU, because with CUDA: Jittor cannot be compiled: boom\n"
 
 
-def test_cuda_asked_after_the_cpu(fresh, monkeypatch):
-    monkeypatch.setattr(cuda, "driver", lambda: GPU)
-    monkeypatch.setattr(cuda, "toolkit", lambda: OLD)
+@pytest.mark.parametrize(("choice", "why"), [(FIT, "start a new process for it"), (UNFIT, "it is newer: sudo mend it")])
+def test_cuda_asked_after_the_cpu(fresh, monkeypatch, choice, why):
+    machine(monkeypatch, GPU, choice)
     runtime.jittor("cpu")
-    with pytest.raises(MossError, match="imported without CUDA in this process: start a new process"):
+    with pytest.raises(MossError, match=f"imported without CUDA in this process: {why}$"):
         runtime.jittor("cuda")
 
 

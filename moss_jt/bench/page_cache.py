@@ -19,9 +19,9 @@ def in_memory(folder: Path) -> bool:
     return machine.filesystem(folder) in ("tmpfs", "ramfs")
 
 
-def check_room(shape: Shape, folder: Path) -> None:
+def check_room(shape: Shape, folder: Path, kv_cache: str = "fp16") -> None:
     """Raises MossError unless memory holds all that a token reads, with a cache for the whole context."""
-    cache = shape.config.cache_bytes_per_token * shape.config.n_ctx
+    cache = shape.config.cache_bytes_per_token(kv_cache) * shape.config.n_ctx
     needed, there = _WORK + cache + (0 if in_memory(folder) else shape.token_bytes), machine.memory().available
     if needed > there:
         raise MossError(

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import MossError
-from ..model import Model
+from ..model import Model, Request
 from ..weights import Weights
-from . import limits, page_cache
+from . import device_limits, limits, page_cache
+from .decode import GREEDY, open_model
 from .pairs import compared, in_turn, rate
 from .shape import Shape
 
@@ -19,24 +20,27 @@ _SECONDS = 0.3  # a sample lasts, or one prompt
 
 @dataclass(frozen=True)
 class Prefill:
-    """``prompt`` tokens into an empty cache, up to the logits of the last one."""
+    """``prompt`` tokens into an empty cache, in fp16 or int8, up to the logits of the last one."""
 
     prompt: int = 128
+    kv_cache: str = "fp16"
 
     def check(self, shape: Shape, folder: Path) -> None:
         """Raises MossError where so many tokens, or the weights in ``folder``, do not fit."""
         if self.prompt > shape.config.n_ctx:
             raise MossError(f"a prompt of {self.prompt} tokens does not fit the model's context of {shape.config.n_ctx}")
-        page_cache.check_room(shape, folder)
+        page_cache.check_room(shape, folder, self.kv_cache)
 
-    def run(self, weights: Weights, threads: int, repeat: int) -> dict:
+    def run(self, weights: Weights, threads: int, repeat: int, device: str = "cpu") -> dict:
         page_cache.fill(weights)
-        work, limit = Prompts(Model(weights, weights.config.n_ctx), self.prompt), limits.multiply_add(threads)
+        model = open_model(weights, self.kv_cache, device)
+        work, limit = Prompts(model, self.prompt), device_limits.multiply() if model.on_gpu else limits.multiply_add(threads)
         tokens_s, arithmetic = in_turn(limit, work.tokens_s, repeat)
         shape = Shape.of(weights)
         token = shape.prompt_operations(self.prompt) / self.prompt
         return {
             "prompt": self.prompt,
+            "kv_cache": self.kv_cache,
             "tokens_s": tokens_s,
             "GFLOP_per_token": token / 1e9,
             **compared(limit, [token * speed for speed in tokens_s], arithmetic),
@@ -53,7 +57,7 @@ class Prompts:
 
     def evaluate(self) -> None:
         self.model.sequence.truncate(0)
-        self.model.logits(self.ids)
+        self.model.evaluate([Request(self.model.sequence, self.ids, 1, GREEDY)])
 
     def tokens_s(self) -> float:
         return rate(self.evaluate, len(self.ids), _SECONDS)

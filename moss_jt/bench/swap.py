@@ -23,11 +23,13 @@ _SECONDS = 1.0  # a sample lasts, or one sweep
 
 @dataclass(frozen=True)
 class Swap:
-    """Decode with at most ``budget`` bytes of memory and room for ``context`` tokens, ``batch`` of them a sweep."""
+    """Decode with at most ``budget`` bytes of memory and room for ``context`` tokens in a cache in fp16 or int8, ``batch`` of
+    them a sweep."""
 
     budget: int
     context: int = 2048
     batch: int = 1
+    kv_cache: str = "fp16"
 
     def check(self, shape: Shape, folder: Path) -> None:
         """Raises MossError where the budget is too small, or nothing would come from a disk."""
@@ -42,12 +44,13 @@ class Swap:
 
     def _plan(self, shape: Shape) -> Plan:
         context = min(self.context, shape.config.n_ctx)
-        return make_plan(shape.config, shape.coding, context, self.budget)
+        return make_plan(shape.config, shape.coding, context, self.budget, self.kv_cache)
 
     def run(self, weights: Weights, threads: int, repeat: int) -> dict:
         plan = self._plan(Shape.of(weights))
         page_cache.drop(weights)
-        work, limit = Sweeps(Model(weights, plan.context, plan), 0, self.batch), limits.disk_read(weights.folder)
+        model = Model(weights, plan.context, plan, self.kv_cache)
+        work, limit = Sweeps(model, 0, self.batch), limits.disk_read(weights.folder)
         samples, disk = in_turn(limit, lambda: _sample(work, plan), repeat)
         tokens_s, counted = map(list, zip(*samples))
         token = plan.disk_bytes / self.batch
@@ -56,6 +59,7 @@ class Swap:
             "peak_memory_bytes": machine.peak_memory(),
             "context": plan.context,
             "batch": self.batch,
+            "kv_cache": self.kv_cache,
             "tokens_s": tokens_s,
             "bytes_per_token": token,
             "bytes_per_token_counted": None if None in counted else median(counted),  # by Linux

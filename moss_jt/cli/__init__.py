@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "Say what a model would need: memory, bytes a token, speed.",
     "info": "Say what a model's folder holds.",
     "tokenize": "Turn text into token ids, or back.",
+    "eval": "Measure a model on dialogues with known answers, or compare two.",
     "bench": "Measure speed, beside what this machine could do.",
     "doctor": "Check this machine: compiler, Python, CUDA, memory, speeds.",
 }

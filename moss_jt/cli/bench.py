@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import click
 
-from .size import CONTEXT, SIZE
+from .device import DEVICE
+from .size import CONTEXT, KV_CACHE, SIZE
 
 if TYPE_CHECKING:
     from ..weights import Weights
@@ -54,36 +55,41 @@ _batch = click.option("--batch", type=click.IntRange(1, 512), default=1, show_de
 
 
 @command.command("decode")
+@DEVICE
 @click.option("--context-used", type=click.IntRange(0), default=128, show_default=True, help="Tokens in the cache.")
 @_batch
+@KV_CACHE
 @_shared(samples=10)
-def _decode(context_used: int, batch: int, **options: Any) -> None:
+def _decode(context_used: int, batch: int, kv_cache: str, **options: Any) -> None:
     """One token after the other, beside the speed of reading memory."""
     from ..bench import Decode
 
-    _measure(Decode(context_used, batch), **options)
+    _measure(Decode(context_used, batch, kv_cache), **options)
 
 
 @command.command("prefill")
+@DEVICE
 @click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="How many tokens it has.")
+@KV_CACHE
 @_shared(samples=5)
-def _prefill(prompt: int, **options: Any) -> None:
+def _prefill(prompt: int, kv_cache: str, **options: Any) -> None:
     """A prompt at once, beside the speed of multiplying and adding."""
     from ..bench import Prefill
 
-    _measure(Prefill(prompt), **options)
+    _measure(Prefill(prompt, kv_cache), **options)
 
 
 @command.command("swap")
 @click.option("--ram", type=SIZE, required=True, metavar="SIZE", help="Most memory to use, like 6GiB.")
 @CONTEXT
 @_batch
+@KV_CACHE
 @_shared(samples=3)
-def _swap(ram: int, context: int, batch: int, **options: Any) -> None:
+def _swap(ram: int, context: int, batch: int, kv_cache: str, **options: Any) -> None:
     """One token after the other with weights from the disk, beside the speed of reading it."""
     from ..bench import Swap
 
-    _measure(Swap(ram, context, batch), **options)
+    _measure(Swap(ram, context, batch, kv_cache), **options)
 
 
 @command.command("load")
@@ -95,7 +101,8 @@ def _load(**options: Any) -> None:
     _measure(Load(), **options)
 
 
-def _measure(work: Any, as_json: bool, threads: int | None, repeat: int, **source: Any) -> None:
+def _measure(work: Any, as_json: bool, threads: int | None, repeat: int, device: str | None = None, **source: Any) -> None:
+    """device: where the work can be done on others than the CPU."""
     from .. import machine
     from ..bench.about import about
     from ..runtime import jittor
@@ -103,8 +110,9 @@ def _measure(work: Any, as_json: bool, threads: int | None, repeat: int, **sourc
     threads = threads or machine.cores().usable
     with _stopping_cleanly(), _weights(work, **source) as weights:
         found = {"bench": type(work).__name__.lower(), "model": str(source["model"] or "random"), **about(weights, threads)}
-        jittor("cpu", threads)
-        found.update(work.run(weights, threads, repeat))
+        jittor(device or "cpu", threads)
+        on = {"device": device} if device else {}
+        found.update(work.run(weights, threads, repeat, **on))
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))
     else:

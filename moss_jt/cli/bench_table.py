@@ -16,6 +16,7 @@ from ..sizes import gib
 def draw(found: dict) -> None:
     console = Console()
     head = "" if found["head_dtype"] == found["dtype"] else f", lm_head {found['head_dtype']}"
+    head += ", KV cache int8" if found.get("kv_cache") == "int8" else ""
     console.print(f"{found['bench']}: {found['layers']} blocks, {found['dtype']}{head}, {found['model']}", markup=False)
     m = found["machine"]
     where = f"{m['cpu']}, {m['kernels']} kernels, {found['threads']} threads, load average {m['load_average']:.1f}"

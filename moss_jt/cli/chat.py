@@ -25,6 +25,7 @@ def command(
     model: str,
     system: str | None,
     context: int,
+    kv_cache: str,
     ram: int | None,
     device: str,
     saved: str | None,
@@ -36,7 +37,7 @@ def command(
         raise MossError("standard input is closed, so there is no message to answer")
     check_options(settings)
     system = None if system is None else system_text(system)
-    moss = load_model(model, device, context, ram)
+    moss = load_model(model, device, context, ram, kv_cache)
     session = Session(moss, system, saved, settings, stats)
     if session.interactive:
         ui.note(f"MOSS · {Path(model).resolve().name} · context {moss.context}")
@@ -124,7 +125,7 @@ class Session:
         if self.conversation.dropped > dropped:
             ui.note(f"(the context is full: MOSS no longer sees the first {ui.turns(self.conversation.dropped)})")
         if self.show_stats:
-            ui.stats(self.moss.last_stats)
+            ui.stats(self.moss)
         if self.interactive:
             ui.note("")
 

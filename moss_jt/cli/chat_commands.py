@@ -123,7 +123,7 @@ def _stats(session: Session, argument: str) -> None:
         session.show_stats = argument == "on"
         ui.note(f"Figures after each answer: {argument}.")
     elif session.moss.last_stats.new_tokens:
-        ui.stats(session.moss.last_stats)
+        ui.stats(session.moss)
     else:
         ui.note("No answer yet.")
 

@@ -1,4 +1,4 @@
-"""What `chat` and `generate` share: their options, and loading the model. The settings are also what `/set` changes."""
+"""What `chat`, `generate` and `eval` share: options, and loading the model. The settings are also what `/set` changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import click
 from ..chat import MAX_NEW_TOKENS
 from ..errors import MossError
 from . import ui
-from .size import CONTEXT, RAM
+from .device import DEVICE
+from .size import CONTEXT, KV_CACHE, RAM
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,17 @@ def shared_options(command: Callable) -> Callable:
         click.option("-m", "--model", required=True, metavar="DIR", help="Folder of a converted checkpoint."),
         click.option("--system", type=TEXT, metavar="TEXT|@FILE", help="In place of MOSS's meta instruction."),
         *(_option(name, setting) for name, setting in SETTINGS.items()),
-        CONTEXT,
-        RAM,
-        click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="What computes."),
+        machine_options,
     ]
+    return _with(options, command)
+
+
+def machine_options(command: Callable) -> Callable:
+    """Add the options that say what a model may use of the machine: what ``load_model`` takes besides the folder."""
+    return _with([CONTEXT, KV_CACHE, RAM, DEVICE], command)
+
+
+def _with(options: list[Callable], command: Callable) -> Callable:
     for option in reversed(options):
         command = option(command)
     return command
@@ -85,7 +93,7 @@ def check_options(settings: dict[str, Any]) -> None:
         raise click.UsageError(str(e)) from None
 
 
-def load_model(folder: str, device: str, context: int, ram: int | None) -> Any:
+def load_model(folder: str, device: str, context: int, ram: int | None, kv_cache: str) -> Any:
     """The model in ``folder``; at a terminal, a line says what is being waited for. Raises MossError."""
     from .. import load
 
@@ -93,7 +101,7 @@ def load_model(folder: str, device: str, context: int, ram: int | None) -> Any:
         raise MossError("stdout is closed, so there is nowhere to print an answer")
     if ui.is_terminal(sys.stderr):
         ui.note(f"Loading {folder} …")
-    return load(folder, device=device, context=context, ram=ram)
+    return load(folder, device=device, context=context, ram=ram, kv_cache=kv_cache)
 
 
 def system_text(text: str) -> str:

@@ -27,6 +27,7 @@ def command(
     model: str,
     system: str | None,
     context: int,
+    kv_cache: str,
     ram: int | None,
     device: str,
     raw: bool,
@@ -43,7 +44,7 @@ def command(
     text = text if raw else text.strip()
     if not text:
         raise MossError("the prompt is empty")
-    moss = load_model(model, device, context, ram)
+    moss = load_model(model, device, context, ram, kv_cache)
     settings["stop"] = _stops(moss, stop)
     pieces = moss.generate(text, **settings) if raw else moss.chat(system).send(text, **settings)
     with closing(pieces):

@@ -34,6 +34,8 @@ def _draw(found: dict) -> None:
     console = Console()
     console.print(_summary(found))
     console.print(_files(found["files"]))
+    for note in found.get("gptq", {}).get("notes", []):
+        console.print(note, markup=False, soft_wrap=True)
     for problem in found["problems"][:20]:
         console.print(problem, style="red", markup=False, soft_wrap=True)
     if (more := len(found["problems"]) - 20) > 0:
@@ -63,7 +65,10 @@ def _summary(found: dict) -> Table:
         "on disk": f"{size(found['bytes'])} of weights",
         "blocks": f"{c['n_layer']}, each {c['n_embd']} wide with {c['n_head']} heads and an MLP of {c['n_inner']}",
         "vocabulary": f"{c['vocab_size']:,}",
-        "KV cache": f"{found['cache_bytes_per_token']:,} bytes a token, {size(found['cache_bytes_at_n_ctx'])} at {c['n_ctx']}",
+        "KV cache": "\n".join(
+            f"{count:,} bytes a token in {kv_cache}, {size(found['cache_bytes_at_n_ctx'][kv_cache])} at {c['n_ctx']}"
+            for kv_cache, count in found["cache_bytes_per_token"].items()
+        ),
     }
     table = _table()
     for name, value in rows.items():
@@ -76,6 +81,8 @@ def _kind(found: dict) -> str:
         dtypes = [found["dtype"], f"lm_head in {found['head_dtype']}"] if found["dtype"] else []
         return ", ".join(["converted", f"format {found['format']}", *dtypes])
     dtypes = ", ".join(f"{n} tensors {dtype}" for dtype, n in found["dtypes"].items())
+    if gptq := found.get("gptq"):
+        dtypes += f"; GPTQ in {gptq['dtype']}, groups of {gptq['group_size']}" + (", act-order" if gptq["act_order"] else "")
     return ": ".join(x for x in ("official, " + (found["container"] or "cannot be opened"), dtypes) if x)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..sizes import gib
-from .size import CONTEXT, RAM
+from .size import CONTEXT, KV_CACHE, RAM
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 @click.argument("folder", type=click.Path(path_type=Path))
 @RAM
 @CONTEXT
+@KV_CACHE
 @click.option("--measure/--no-measure", default=None, help="Measure speeds again, or not at all.  [default: once a day]")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def command(folder: Path, ram: int | None, context: int, measure: bool | None, as_json: bool) -> None:
+def command(folder: Path, ram: int | None, context: int, kv_cache: str, measure: bool | None, as_json: bool) -> None:
     """Say where the converted checkpoint in FOLDER would live here, what a token moves, and how fast that would be."""
     from ..swap import plan_for
     from ..swap.speeds import measured
     from ..weights import open_weights
 
     weights = open_weights(folder)
-    plan = plan_for(weights, min(context, weights.config.n_ctx), ram)
+    plan = plan_for(weights, min(context, weights.config.n_ctx), ram, kv_cache)
     speeds = None if measure is False else measured(folder, afresh=bool(measure))
     if as_json:
         click.echo(json.dumps({"folder": str(folder), **_as_json(plan, speeds)}, ensure_ascii=False, indent=1))
@@ -44,6 +45,7 @@ def _as_json(plan: Plan, speeds: Speeds | None) -> dict:
         "dtype": plan.coding.dtype,
         "head_dtype": plan.coding.head_dtype,
         "context": plan.context,
+        "kv_cache": plan.kv_cache,
         "budget": plan.budget,
         "peak": plan.peak,
         "memory": plan.memory,
@@ -81,7 +83,7 @@ def _places(plan: Plan, budget: str) -> Table:
     """What lives where, and what it takes of the budget."""
     table = _table("", "where", "memory")
     where = {
-        "KV cache": f"{plan.context} tokens",
+        "KV cache": f"{plan.context} tokens in {plan.kv_cache}",
         "blocks": _blocks(plan),
         "lm_head": _head(plan),
         "slots": f"{plan.slots} that streamed weights take turns in" if plan.streams else "none",

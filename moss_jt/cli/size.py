@@ -1,9 +1,10 @@
-"""Options that are sizes."""
+"""Sizes: as options, and as they are written for people."""
 
 from __future__ import annotations
 
 import click
 
+from ..config import KV_CACHES
 from ..errors import MossError
 from ..sizes import parse_size
 
@@ -23,3 +24,10 @@ class _Size(click.ParamType):
 SIZE = _Size()
 CONTEXT = click.option("--context", type=click.IntRange(2), default=2048, show_default=True, help="Tokens to keep room for.")
 RAM = click.option("--ram", type=SIZE, metavar="SIZE", help="Most memory to use, like 6GiB.  [default: what can be spared]")
+KV_CACHE = click.option(
+    "--kv-cache", type=click.Choice(KV_CACHES), default="fp16", show_default=True, help="In what keys and values are kept."
+)
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 10**7 else f"{count / 1e6:.2f} MB"

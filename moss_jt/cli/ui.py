@@ -74,11 +74,13 @@ def _print(text: str) -> None:
     sys.stdout.flush()
 
 
-def stats(s: Any) -> None:
-    """Two lines about the last answer, from ``Moss.last_stats``."""
+def stats(moss: Any) -> None:
+    """Three lines about the last answer of a Moss."""
+    s = moss.last_stats
     read = s.prompt_tokens - s.cached_tokens
     note(f"  prefill {read} tokens + {s.cached_tokens} cached, {s.prefill_seconds:.2f} s, {s.prefill_tokens_s:.1f} tokens/s")
-    note(f"  decode {s.new_tokens} tokens, {s.decode_seconds:.2f} s, {s.decode_tokens_s:.1f} tokens/s{_memory()}")
+    note(f"  decode {s.new_tokens} tokens, {s.decode_seconds:.2f} s, {s.decode_tokens_s:.1f} tokens/s")
+    note(f"  KV cache {moss.cache_bytes / 1e6:.1f} MB in {moss.kv_cache}{_memory()}")
 
 
 def turns(count: int) -> str:

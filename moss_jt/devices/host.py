@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..cache import Cache
+from ..cache import Cache, parts_of
 from ..runtime import jittor
 from ..swap import Plan, lender
 from ..weights import Weights
@@ -19,11 +19,12 @@ from .sweep import Sweep
 class Host:
     """The CPU. Not for use by several threads at once."""
 
-    def __init__(self, weights: Weights, context: int, plan: Plan | None = None):
-        """``context``: tokens to keep caches for. ``plan``: which weights are in memory; without one, all are mapped."""
-        self._config, self._context, self._jt = weights.config, context, jittor()
+    def __init__(self, weights: Weights, context: int, plan: Plan | None = None, kv_cache: str = "fp16"):
+        """``context``: tokens to keep caches for, and ``kv_cache``: in what. ``plan``: which weights are in memory; without
+        one, all are mapped."""
+        self._config, self._context, self._kv_cache, self._jt = weights.config, context, kv_cache, jittor()
         coding, eps = weights.coding, weights.config.layer_norm_epsilon
-        ops.prepare(coding)
+        ops.prepare(coding, kv_cache)
         self.weights = lender(weights, plan)
         self._block = _Once(lambda tensors: ops.Block(tensors, BITS[coding.dtype], eps))
         self._head = _Once(lambda tensors: ops.Head(tensors, BITS[coding.head_dtype], eps))
@@ -34,7 +35,14 @@ class Host:
         return self.weights.streams
 
     def cache(self, places: int) -> Cache:
-        return Cache(self._config, self._context, places)
+        """Room for so many sequences. Each block's layer is a list of Vars: keys and values (places, H, context, S), float16 or
+        int8; in int8 also their scales, float32 (places, H, context) each."""
+        c, kv_cache = self._config, self._kv_cache
+        # Zeroed pages cost nothing until they are written, so a long context is paid for as it fills.
+        memory = [np.zeros(shape, dtype) for shape, dtype in parts_of(c, self._context, places, kv_cache)]
+        wrap = self._jt.core.reuse_np_array
+        layers = [[wrap(half) for part in memory for half in part[i]] for i in range(c.n_layer)]
+        return Cache(self._context, places, layers, memory)
 
     def sweep(self, cache: Cache, sweep: Sweep) -> list[np.ndarray]:
         """Float32 (V,) for each of the rows."""
@@ -42,9 +50,9 @@ class Host:
         with self._jt.flag_scope(lazy_execution=0, no_grad=1):
             x = self._jt.array(self.weights.rows(sweep.ids))
             rows = ops.sequences(sweep.table, len(sweep.ids), len(cache.sequences), cache.context)
-            for i, (keys, values) in enumerate(cache.layers):
+            for i, layer in enumerate(cache.layers):
                 with self.weights.block(i) as tensors:
-                    x = self._block(tensors)(x, self._angles, keys, values, rows)
+                    x = self._block(tensors)(x, self._angles, layer, rows)
             states = x.numpy()
             return self._logits(states[[row.row for row in sweep.rows]]) if sweep.rows else []
 

@@ -12,9 +12,14 @@ _CALL = """
 const int64_t D = in0_shape1, I = in4_shape0;
 const moss::Heads heads{{in7_shape1, in7_shape3, 2 * in6_shape2, in7_shape2}};
 const moss::Norm norm{{in1_p, in2_p, (float)data["eps"]}};
-moss::block(in0_p, norm, {weight_in}, in4_p, {weight_out}, in5_p, in6_p, (moss::f16*)in7_p, (moss::f16*)in8_p, heads,
+moss::block(in0_p, norm, {weight_in}, in4_p, {weight_out}, in5_p, in6_p, {cache}, heads,
             (const moss::Sequence*)in3_p, in3_shape0, out_p, in0_shape0, D, I);
 """
+# The kernels' objects over keys and values, by the dtype of these.
+_CACHES = {
+    "float16": "moss::CacheF16{(moss::f16*)in7_p}, moss::CacheF16{(moss::f16*)in8_p}",
+    "int8": "moss::CacheI8{in7_p, in9_p}, moss::CacheI8{in8_p, in10_p}",
+}
 
 
 class Block:
@@ -34,22 +39,32 @@ class Block:
         self._d, self._eps = d, eps
         self._norm = [tensors["ln_1.weight"], tensors["ln_1.bias"]]
         self._rest = [tensors["in.bias"], tensors["out.bias"]]
-        self._weights = [*rows.parts, *columns.parts]
-        weight_in = rows.code(9, "3 * D + I", "D")
-        self._call = _CALL.format(weight_in=weight_in, weight_out=columns.code(9 + len(rows.parts), "D", "D + I"))
+        self._rows, self._columns = rows, columns
+        self._calls = {dtype: self._call(dtype) for dtype in _CACHES}
 
-    def __call__(self, x, angles, keys, values, sequences):
+    def _call(self, dtype: str) -> str:
+        first = 9 if dtype == "float16" else 11
+        weight_in = self._rows.code(first, "3 * D + I", "D")
+        weight_out = self._columns.code(first + len(self._rows.parts), "D", "D + I")
+        return _CALL.format(weight_in=weight_in, weight_out=weight_out, cache=_CACHES[dtype])
+
+    def __call__(self, x, angles, cache: list, sequences):
         """The new state of T tokens, of one or several sequences.
 
-        x float32 (T, D). angles float32 (2, C, rotary/2) from ``rotary_angles``. keys, values float16 (B, H, C, S): the caches
-        of B sequences; **written in place**, k after rotary. sequences from ``sequences``. Returns float32 (T, D).
+        x float32 (T, D). angles float32 (2, C, rotary/2) from ``rotary_angles``. cache: keys and values of B sequences, float16
+        (B, H, C, S) each; or int8 and, float32 (B, H, C) each, the scales of keys and of values. **Written in place**, k after
+        rotary. sequences from ``sequences``. Returns float32 (T, D).
         """
-        (places, heads, capacity, _), (_, _, pairs) = keys.shape, angles.shape
-        cache = ("float16", (places, heads, capacity, self._d // heads))
+        (places, heads, capacity, _), (_, _, pairs), dtype = cache[0].shape, angles.shape, str(cache[0].dtype)
         expected = {"x": ("float32", (x.shape[0], self._d)), "angles": ("float32", (2, capacity, pairs))}
-        check("block", {**expected, "keys": cache, "values": cache}, x=x, angles=angles, keys=keys, values=values)
-        inputs = [x, *self._norm, sequences, *self._rest, angles, keys, values, *self._weights]
-        return run("block.h", x.shape, inputs, self._call, eps=self._eps)
+        row = (places, heads, capacity)
+        numbers = ("int8" if dtype == "int8" else "float16", (*row, self._d // heads))
+        expected.update(keys=numbers, values=numbers)
+        if dtype == "int8":
+            expected.update(key_scales=("float32", row), value_scales=("float32", row))
+        check("block", expected, **dict(zip(expected, [x, angles, *cache])))
+        inputs = [x, *self._norm, sequences, *self._rest, angles, *cache, *self._rows.parts, *self._columns.parts]
+        return run("block.h", x.shape, inputs, self._calls[dtype], eps=self._eps)
 
 
 def sequences(table: np.ndarray, tokens: int, places: int, capacity: int):

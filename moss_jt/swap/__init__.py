@@ -16,7 +16,7 @@ __all__ = ["CHUNK", "Plan", "Resident", "Streamed", "lender", "make_plan", "plan
 _MARGIN, _LEAST_MARGIN = 0.1, 512 << 20
 
 
-def plan_for(weights: Weights, context: int, ram: str | int | None = None) -> Plan:
+def plan_for(weights: Weights, context: int, ram: str | int | None = None, kv_cache: str = "fp16") -> Plan:
     """The plan under a budget of ``ram`` (bytes, or a size like ``"6GiB"``); by default under what this machine has available
     less a margin: what is larger would not stay in memory, and come from disk page by page instead of ahead of its use.
 
@@ -24,11 +24,11 @@ def plan_for(weights: Weights, context: int, ram: str | int | None = None) -> Pl
     """
     model = (weights.config, weights.coding, context)
     if ram is not None:
-        return make_plan(*model, parse_size(ram))
-    available, least = machine.memory().available, smallest(*model)
+        return make_plan(*model, parse_size(ram), kv_cache)
+    available, least = machine.memory().available, smallest(*model, kv_cache)
     if available < least:
-        raise MossError(too_small(*model, f"the {in_mib(available)} of memory that is available"))
-    return make_plan(*model, max(least, available - max(int(_MARGIN * available), _LEAST_MARGIN)))
+        raise MossError(too_small(*model, f"the {in_mib(available)} of memory that is available", kv_cache))
+    return make_plan(*model, max(least, available - max(int(_MARGIN * available), _LEAST_MARGIN)), kv_cache)
 
 
 def lender(weights: Weights, plan: Plan | None) -> Resident | Streamed:

@@ -26,8 +26,13 @@ class Rows:
         self.close = weakref.finalize(self, os.close, self._file)
 
     def read(self, ids: np.ndarray) -> np.ndarray:
-        """float32 (T, D). Raises MossError for a disk's error, or a file that has become shorter."""
+        """float32 (T, D). Raises MossError as read_into does."""
         rows = np.empty((len(ids), self._width), np.float16)
+        self.read_into(rows, ids)
+        return rows.astype(np.float32)
+
+    def read_into(self, rows: np.ndarray, ids: np.ndarray) -> None:
+        """Fill float16 (T, D). Raises MossError for a disk's error, or a file that has become shorter."""
         for i, row in zip(ids.tolist(), rows):
             try:
                 got = os.preadv(self._file, [row], self._start + i * row.nbytes)
@@ -35,7 +40,6 @@ class Rows:
                 raise MossError(f"{self._path}: cannot be read: {e.strerror}") from None
             if got < row.nbytes:
                 raise MossError(f"{self._path}: ends before row {i}: it was changed; convert the checkpoint again")
-        return rows.astype(np.float32)
 
 
 def as_vars(arrays: dict[str, np.ndarray]) -> dict:

@@ -68,6 +68,7 @@ class Plan:
     head_rows: int  # of lm_head's, from the first on, that are resident
     part_rows: int  # of the others, how many are read together
     slot: int  # the size of each slot; 0 where nothing is streamed
+    kv_cache: str = "fp16"  # in what keys and values are kept
 
     @property
     def slots(self) -> int:
@@ -89,7 +90,7 @@ class Plan:
     @cached_property
     def memory(self) -> dict[str, int]:
         """What takes how much of the budget, at most."""
-        s = _Sizes(self.config, self.coding, self.context)
+        s = _Sizes(self.config, self.coding, self.context, self.kv_cache)
         return {
             "program": _PROGRAM,
             "work space": s.work,
@@ -110,7 +111,7 @@ class Plan:
         block, head = block_tensors(c, self.coding), head_tensors(c, self.coding)
         kept = _bytes(t for t in head if not parts.belongs(t, matrix))
         numbers = (3 * c.n_embd + c.n_inner) * c.n_embd + c.n_embd * (c.n_embd + c.n_inner)
-        cache = c.cache_bytes_per_token // c.n_layer * self.context // 2  # half full
+        cache = c.cache_bytes_per_token(self.kv_cache) // c.n_layer * self.context // 2  # half full
         size = _bytes(block)
         found = [Step(size + cache, size * (where == STREAMED), numbers) for where in self.blocks]
         for first, end in [(0, self.head_rows), *self.head_ranges()]:
@@ -164,39 +165,39 @@ def sweep_seconds(computing: list[float], reading: list[float], slots: int) -> f
     return now - before
 
 
-def make_plan(config: Config, coding: Coding, context: int, budget: int) -> Plan:
+def make_plan(config: Config, coding: Coding, context: int, budget: int, kv_cache: str = "fp16") -> Plan:
     """The plan that reads least from disk with a peak of at most ``budget`` bytes.
 
-    coding: how the weights are stored. context: tokens to keep a cache for.
+    coding: how the weights are stored. context: tokens to keep a cache for; kv_cache: in what, fp16 or int8.
     Raises MossError where the budget is too small, with the smallest that works and what would make that smaller.
     """
-    sizes = _Sizes(config, coding, context)
+    sizes = _Sizes(config, coding, context, kv_cache)
     fitting = [placed for placed in _placements(sizes, budget - sizes.fixed) if placed.fits]
     if not fitting:
-        raise MossError(too_small(config, coding, context, f"a budget of {in_mib(budget)}"))
+        raise MossError(too_small(config, coding, context, f"a budget of {in_mib(budget)}", kv_cache))
     best = min(fitting, key=lambda placed: placed.streamed)
     head = (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block
     blocks = _spread(config.n_layer - best.blocks, config.n_layer, head)
-    return Plan(config, coding, context, budget, blocks, best.head_rows, best.part_rows, best.slot)
+    return Plan(config, coding, context, budget, blocks, best.head_rows, best.part_rows, best.slot, kv_cache)
 
 
-def smallest(config: Config, coding: Coding, context: int) -> int:
+def smallest(config: Config, coding: Coding, context: int, kv_cache: str = "fp16") -> int:
     """The smallest budget that works."""
-    sizes = _Sizes(config, coding, context)
+    sizes = _Sizes(config, coding, context, kv_cache)
     return sizes.fixed + min(-placed.left for placed in _placements(sizes, 0))
 
 
 class _Sizes:
     """What things take in memory."""
 
-    def __init__(self, config: Config, coding: Coding, context: int):
+    def __init__(self, config: Config, coding: Coding, context: int, kv_cache: str):
         d, inner, v = config.n_embd, config.n_inner, config.vocab_size
         self.n_layer, self.vocab = config.n_layer, v
         self.block = parts.whole(block_tensors(config, coding)).room
         self._head = head_tensors(config, coding)
         self.head = self.head_rows(v)
         self.head_rest = _bytes(t for t in self._head if not parts.belongs(t, "lm_head.weight"))
-        self.cache = config.cache_bytes_per_token * context
+        self.cache = config.cache_bytes_per_token(kv_cache) * context
         # The first product's result, the second's inputs, and some states, in fp32, for every token of a chunk; twice, because
         # Jittor keeps what chunks of other lengths had. Measured: 20 to 29 states' worth; this is 32 where the MLP is 4 wide.
         activations = min(CHUNK, context) * 4 * (2 * (3 * d + inner) + 2 * (d + inner) + 8 * d)
@@ -252,13 +253,15 @@ def _spread(streamed: int, blocks: int, head: float) -> tuple[str, ...]:
     return tuple(STREAMED if i in chosen else RESIDENT for i in range(blocks))
 
 
-def too_small(config: Config, coding: Coding, context: int, what: str) -> str:
+def too_small(config: Config, coding: Coding, context: int, what: str, kv_cache: str) -> str:
     """Says that ``what`` is too small, what would do, and what would need less."""
 
-    def needs(coding: Coding, context: int) -> str:
-        return in_mib(smallest(config, coding, context))
+    def needs(coding: Coding, context: int, kv_cache: str = kv_cache) -> str:
+        return in_mib(smallest(config, coding, context, kv_cache))
 
     ways = [f"{needs(coding, context // 4)} with a context of {context // 4}"] if context >= 256 else []
+    if kv_cache == "fp16":
+        ways.append(f"{needs(coding, context, 'int8')} with a KV cache in int8")
     for lighter in ("int8", "int4"):
         if BITS[lighter] < BITS[coding.dtype]:
             head = min(coding.head_dtype, "int8", key=BITS.get)

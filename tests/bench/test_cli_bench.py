@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import moss_jt
-from moss_jt import bench, machine
+from moss_jt import bench, cuda, machine, runtime
 from moss_jt.bench import Shape, decode, limits, load, page_cache, prefill, random_checkpoint, random_model, swap
 from moss_jt.bench.pairs import Limit
 from moss_jt.cli import main
@@ -73,6 +73,19 @@ def check_shares(found: dict, unit: str, speeds: list[float]) -> None:
     assert found[unit] == pytest.approx(median(speeds)) and found[f"limit_{unit}"] == pytest.approx(median(around))
 
 
+def test_a_device_that_is_not_there(run, monkeypatch):
+    monkeypatch.setattr(runtime, "_module", None)
+    monkeypatch.setattr(runtime, "_adopted", lambda: pytest.fail("taken over"))
+    monkeypatch.setattr(cuda, "driver", lambda: cuda.Driver(problem="no driver"))
+    monkeypatch.setattr(cuda, "toolkits", lambda: iter(()))
+    for name in [name for name in sys.modules if name.split(".")[0] == "jittor"]:
+        monkeypatch.delitem(sys.modules, name)
+    code, out, err = run("decode", "--random", 1, "--device", "cuda")
+    assert (code, out) == (1, "") and err.splitlines()[-1].endswith("device cuda: no driver")
+    code, out, err = run("decode", "--random", 1, "--device", "gpu")
+    assert (code, out) == (2, "") and "'gpu' is not one of 'auto', 'cpu', 'cuda'" in err
+
+
 def test_decode(as_json):
     found = as_json("decode", "--random", 2, "--dtype", "int4", "--threads", 2, "--repeat", 4, "--context-used", 20)
     assert (found["bench"], found["model"], found["layers"], found["threads"]) == ("decode", "random", 2, 2)
@@ -84,6 +97,17 @@ def test_decode(as_json):
     assert "memory read" in found["limit"]
     check_shares(found, "GB_s", [found["bytes_per_token"] * s / 1e9 for s in found["tokens_s"]])
     assert found["overhead_share"] > 0 and 0 < found["sampling_seconds"] < 1
+
+
+def test_an_int8_cache(as_json, run, model):
+    found = {}
+    for kv_cache in ("fp16", "int8"):
+        found[kv_cache] = as_json("decode", "-m", model, "--context-used", 49, "--repeat", 1, "--kv-cache", kv_cache)
+        assert found[kv_cache]["kv_cache"] == kv_cache
+    saved = 50 * 3 * 2 * (2 * 256 - (256 + 4 * 4))
+    assert found["fp16"]["bytes_per_token"] - found["int8"]["bytes_per_token"] == saved
+    assert as_json("prefill", "-m", model, "--prompt", 8, "--repeat", 1, "--kv-cache", "int8")["kv_cache"] == "int8"
+    assert "KV cache int8, " in run("prefill", "-m", model, "--prompt", 8, "--repeat", 1, "--kv-cache", "int8")[1]
 
 
 def test_several_tokens_share_the_bytes_of_a_sweep(as_json, model):
@@ -99,9 +123,13 @@ class Chooser:
     def __init__(self):
         self.asked = []
 
-    def logits(self, ids, last):
+    sequence = None
+
+    def evaluate(self, requests):
+        ((_, ids, last, sampling),) = requests
+        assert sampling.greedy
         self.asked.append((ids.tolist(), last))
-        return np.eye(last, 100, 7 + len(self.asked) - last)
+        return [list(np.eye(last, 100, 7 + len(self.asked) - last))]
 
 
 def test_a_sweep_evaluates_the_token_chosen_before():
@@ -117,7 +145,7 @@ def test_a_sweep_evaluates_no_more_than_its_batch(model):
     work = decode.Sweeps(Model(open_weights(model), 64), used=10, batch=3)
     work.sweep()
     assert work.model.sequence.length == 13 and work.model.sequence.reusable(work.ids, 3) == 10
-    assert work.logits.shape == (3, 3000)
+    assert [row.shape for row in work.logits] == [(3000,)] * 3
 
 
 def test_prefill(as_json, model):

@@ -67,20 +67,6 @@ def test_a_dtype_that_is_none_of_ours(tmp_path, refused):
     assert "tensor lm_head.bias is BOOL, expected one of F16, BF16, F32" in refused()
 
 
-def test_gptq(tmp_path, refused):
-    name = "transformer.h.0.attn.qkv_proj."
-    state = {n: x for n, x in STATE.items() if n != name + "weight"}
-    state.update({name + "qweight": np.zeros((2, 48)), name + "qzeros": np.zeros((1, 6)), name + "scales": np.zeros((1, 48))})
-    write_official(tmp_path / "src", CONFIG, state)
-    assert "quantised with GPTQ" in refused()
-
-
-def test_the_official_quantised_checkpoints(official_checkpoint, tmp_path):
-    for name in ("moss-tiny-sft-int4", "moss-tiny-sft-int8"):
-        with pytest.raises(MossError, match="quantised with GPTQ"):
-            convert.weights(official_checkpoint(name), tmp_path / "dst")
-
-
 def test_moss_base_7b(tmp_path, refused):
     write_official(tmp_path / "src", CONFIG, STATE)
     config = {"model_type": "moss", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 100}

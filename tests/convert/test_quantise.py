@@ -284,7 +284,7 @@ def test_refusals(tmp_path):
         (lambda: convert.weights(src, int4, "int8"), "int4: exists already"),
         (
             lambda: convert.export(int4, tmp_path / "x"),
-            "is in int4, lm_head in int8, and only fp16 is exported; give a folder converted with",
+            "is in int4, lm_head in int8, and only fp16 is exported so; convert with --dtype fp16, or choose the format gptq",
         ),
     ]
     for call, says in cases:

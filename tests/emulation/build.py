@@ -1,4 +1,4 @@
-"""Compiles kernels of kernels_cuda/ for the emulated device, and calls them with numpy arrays (docs/cuda.md).
+"""Compiles kernels of kernels_cuda/ for the emulated device, and calls them with numpy arrays (docs/cuda-kernels.md).
 
 A kernel's test has a file of wrappers, C functions that call its launchers::
 
@@ -105,7 +105,14 @@ def inout(array: np.ndarray, written: np.ndarray | None = None) -> Memory:
 
 
 def build(wrappers: str, arch: int = 800) -> Kernels:
-    """Compile wrappers with the kernels that they include. Skips the test where that is not possible."""
+    """Compile wrappers with the kernels that they include. Skips the test where that is not possible.
+
+    Where MOSS_JT_KERNELS is ``gpu``, for the GPU that is there.
+    """
+    if os.environ.get("MOSS_JT_KERNELS") == "gpu":
+        from . import gpu
+
+        return gpu.build(wrappers)
     if platform.machine() != "x86_64" or not (shutil.which(GCC[0]) and shutil.which("objcopy")):
         pytest.skip("the emulated device needs an x86-64 CPU, g++ and binutils")
 

@@ -54,24 +54,34 @@ void c_linear_out(const float* a, const float* m, WEIGHTS, const float* b, const
 void c_linear_head(const float* x, WEIGHTS, const float* b, float* y, i64 T, i64 N, i64 K) {
     WITH_WEIGHTS(linear_head(x, w, b, y, T, N))
 }
+// A cache takes bits, keys, values and, where they are int8, the scales of both.
+#define CACHE i64 cache, void *k, void *v, float *ks, float *vs
+#define WITH_CACHE(call) \
+    if (cache == 16) { CacheF16 keys{(f16*)k}, values{(f16*)v}; call; } \
+    else { CacheI8 keys{(int8_t*)k, ks}, values{(int8_t*)v, vs}; call; }
 void c_block(const float* x, const float* nw, const float* nb, double eps, WEIGHTS, const float* in_bias, const uint8_t* q2,
-             const f16* s2, const uint8_t* z2, const int32_t* order2, const float* out_bias, const float* angles, f16* keys,
-             f16* values, i64 H, i64 rotary, i64 C, const Sequence* sequences, i64 n, float* out, i64 T, i64 K, i64 I) {
+             const f16* s2, const uint8_t* z2, const int32_t* order2, const float* out_bias, const float* angles, CACHE,
+             i64 H, i64 rotary, i64 C, const Sequence* sequences, i64 n, float* out, i64 T, i64 K, i64 I) {
     const i64 D = K, N = 3 * D + I, rows = (N + 15) / 16, columns = (D + 15) / 16;
     const Norm norm{nw, nb, (float)eps};
     const Heads heads{H, D / H, rotary, C};
     const int32_t *o = orders ? order : nullptr, *o2 = orders ? order2 : nullptr;
-#define BLOCK(in, out_w) block(x, norm, in, in_bias, out_w, out_bias, angles, keys, values, heads, sequences, n, out, T, D, I)
-    if (bits == 16) BLOCK((WeightsF16{(const f16*)q, N, D}), (WeightsF16{(const f16*)q2, D, D + I}));
-    else if (bits == 8)
+#define BLOCK(in, out_w) \
+    WITH_CACHE(block(x, norm, in, in_bias, out_w, out_bias, angles, keys, values, heads, sequences, n, out, T, D, I))
+    if (bits == 16) { BLOCK((WeightsF16{(const f16*)q, N, D}), (WeightsF16{(const f16*)q2, D, D + I})) }
+    else if (bits == 8) {
         BLOCK((WeightsGrouped<8>{q, s, z, rows, D, S, o, orders}),
-              (WeightsGrouped<8>{q2, s2, z2, columns, D + I, S, o2, orders ? 1 : 0}));
-    else
+              (WeightsGrouped<8>{q2, s2, z2, columns, D + I, S, o2, orders ? 1 : 0}))
+    } else {
         BLOCK((WeightsGrouped<4>{q, s, z, rows, D, S, o, orders}),
-              (WeightsGrouped<4>{q2, s2, z2, columns, D + I, S, o2, orders ? 1 : 0}));
+              (WeightsGrouped<4>{q2, s2, z2, columns, D + I, S, o2, orders ? 1 : 0}))
+    }
 }
-void c_attention(const float* y, i64 Y, const float* angles, f16* k, f16* v, float* out, i64 H, i64 S, i64 rotary, i64 C,
-                 const Sequence* sequences, i64 n) { attention(y, Y, angles, k, v, out, Heads{H, S, rotary, C}, sequences, n); }
+void c_attention(const float* y, i64 Y, const float* angles, CACHE, float* out, i64 H, i64 S, i64 rotary, i64 C,
+                 const Sequence* sequences, i64 n) {
+    WITH_CACHE(attention(y, Y, angles, keys, values, out, Heads{H, S, rotary, C}, sequences, n))
+}
+void c_put(const float* x, CACHE, i64 rows, i64 S) { for (i64 r = 0; r < rows; r++) WITH_CACHE(keys.put(r, x + r * S, S)) }
 }
 """
 

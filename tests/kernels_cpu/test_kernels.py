@@ -208,6 +208,61 @@ def test_inputs_of_very_different_size(kernels, rng, bits, T, largest):
     close(y, exact, exact if largest else size, 4 * tolerance(bits, T))  # numbers that are all alike are rounded alike
 
 
+class Rows:
+    """Keys and values of a cache in 16 or 8 bits: random where ``filled`` says so, and poisoned elsewhere."""
+
+    def __init__(self, rng, bits: int, filled: np.ndarray, S: int):
+        """filled: bool (B, C), or whatever a cache's (B, H, C) are broadcast from."""
+        self.bits = bits
+        shape, filled = (2, *filled.shape, S), filled[None, ..., None]
+        if bits == 16:
+            self.numbers = np.where(filled, rng.standard_normal(shape), np.nan).astype(np.float16)
+            self.scales = np.full((2, 1), np.nan, np.float32)  # nobody's
+        else:
+            self.numbers = rng.integers(-127, 128, shape, np.int8)
+            self.scales = np.where(filled, rng.random((*shape[:-1], 1)) / 50, np.nan).astype(np.float32)[..., 0]
+
+    @property
+    def given(self) -> tuple:
+        """As the kernels take a cache."""
+        return (self.bits, *self.numbers, *self.scales)
+
+    @property
+    def exact(self) -> np.ndarray:
+        """(2, B, H, C, S): keys and values."""
+        exact = self.numbers.astype(np.float64)
+        return exact if self.bits == 16 else exact * self.scales[..., None]
+
+    def copy(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.numbers.copy(), self.scales.copy()
+
+    def check(self, at: tuple, rows: np.ndarray) -> None:
+        """What was written at these places, which is to be ``rows`` as well as the coding can hold them."""
+        if self.bits == 16:
+            return close(self.numbers[at], rows, rows, 5e-4)
+        numbers, scale = self.numbers[at], self.scales[at].astype(np.float64)
+        assert np.allclose(scale, np.abs(rows).max(-1) / 127, 1e-5, 0)
+        assert (np.abs(numbers).max(-1) == 127).all() and numbers.min() >= -127
+        assert (np.abs(numbers * scale[..., None] - rows) <= 0.501 * scale[..., None]).all()
+
+
+CACHES = pytest.mark.parametrize("cache", [16, 8])
+
+
+@pytest.mark.parametrize("S", [3, 8, 20, 256])
+def test_rows_of_an_int8_cache(kernels, rng, S):
+    x = rng.standard_normal((6, S)).astype(np.float32) * np.array([[1], [1e30], [1e-30], [1e-40], [0], [1]], np.float32)
+    x[-1, S // 2] = -3000
+    rows = Rows(rng, 8, np.zeros((7, 1), bool)[:, 0], S)
+    before = rows.copy()
+    kernels.put(x, *rows.given, 6, S)
+    rows.check((0, [0, 1, 2, 5]), x[[0, 1, 2, 5]].astype(np.float64))
+    assert not rows.numbers[0, 3:5].any() and not rows.scales[0, 3:5].any()  # too small to tell from zero
+    for new, old in zip(rows.copy(), before):
+        assert np.array_equal(new[0, 6], old[0, 6], equal_nan=True) and np.array_equal(new[1], old[1], equal_nan=True)
+
+
+@CACHES
 @pytest.mark.parametrize(
     "H, S, rotary, C, sequences",  # of each sequence: tokens in the cache, new tokens
     [
@@ -222,41 +277,39 @@ def test_inputs_of_very_different_size(kernels, rng, bits, T, largest):
         (4, 256, 64, 300, [(0, 260)]),
     ],
 )
-def test_attention(kernels, rng, H, S, rotary, C, sequences):
+def test_attention(kernels, rng, H, S, rotary, C, sequences, cache):
     D, Y, B = H * S, 3 * H * S + 7, len(sequences) + 1
     slots = rng.permutation(B)[:-1]  # one slot of the cache stays untouched
     first = np.cumsum([0, *(count for _, count in sequences)])
     T = first[-1]
     table = np.array([(slot, start, f, n) for slot, f, (start, n) in zip(slots, first, sequences)], np.int32)
     y = rng.standard_normal((T, Y)).astype(np.float32) * 2
-    keys, values = (np.full((B, H, C, S), np.nan, np.float16) for _ in range(2))
-    for slot, start, _, _ in table:
-        keys[slot, :, :start], values[slot, :, :start] = rng.standard_normal((2, H, start, S)).astype(np.float16)
-    before, out = (keys.copy(), values.copy()), poisoned(T + 1, D)
-    kernels.attention(y, Y, rotary_angles(C, rotary), keys, values, out, H, S, rotary, C, table, len(table))
+    filled, new = np.zeros((2, B, H, C), bool)
+    for slot, start, _, n in table:
+        filled[slot, :, :start] = new[slot, :, start : start + n] = True
+    rows = Rows(rng, cache, filled, S)
+    before, out = rows.copy(), poisoned(T + 1, D)
+    kernels.attention(y, Y, rotary_angles(C, rotary), *rows.given, out, H, S, rotary, C, table, len(table))
 
     for slot, start, row, n in table:
-        seen, rows = start + n, slice(row, row + n)
-        q, k, v = (reference.heads(part, H) for part in np.split(y[rows, : 3 * D].astype(np.float64), 3, axis=1))
+        seen, its = start + n, slice(row, row + n)
+        q, k, v = (reference.heads(part, H) for part in np.split(y[its, : 3 * D].astype(np.float64), 3, axis=1))
         q, k = (reference.rotary(a, np.arange(start, seen), rotary) for a in (q, k))
-        close(keys[slot, :, start:seen], k, k, 5e-4)  # what fp16 rounds
-        close(values[slot, :, start:seen], v, v, 5e-4)
-        exact = reference.attention(q, *(cache[slot, :, :seen].astype(np.float64) for cache in (keys, values)))
+        rows.check((slice(None), slot, slice(None), slice(start, seen)), np.stack([k, v]))
+        exact = reference.attention(q, *rows.exact[:, slot, :, :seen])
         exact = exact.transpose(1, 0, 2).reshape(n, D)
-        close(out[rows], exact, exact, 3e-6)
-        for old in before:  # what was not new
-            old[slot, :, start:seen] = 0
-        for new in (keys, values):
-            new[slot, :, start:seen] = 0
-    for new, old in zip((keys, values), before):
-        assert np.array_equal(new, old, equal_nan=True)
+        close(out[its], exact, exact, 3e-6)
+    for after, old in zip(rows.copy(), before):
+        if after.ndim > 2:  # scales that are somebody's
+            assert np.array_equal(after[:, ~new], old[:, ~new], equal_nan=True)
     assert np.isnan(out[T]).all()
 
 
 @BITS
+@CACHES
 @pytest.mark.parametrize("orders", [0, 2])
 @pytest.mark.parametrize("T", [1, 7, 20])
-def test_block(kernels, rng, bits, T, orders):
+def test_block(kernels, rng, bits, cache, T, orders):
     D, I, H, rotary, C, start = 32, 88, 4, 4, 40, 5  # noqa: E741
     orders = orders if bits < 16 else 0
     x = rng.standard_normal((T, D)).astype(np.float32)
@@ -266,11 +319,10 @@ def test_block(kernels, rng, bits, T, orders):
     )
     w, exact_in = random_weights(rng, bits, 3 * D + I, D, parts=(3 * D, I) if orders else ())
     w2, exact_out = random_weights(rng, bits, D, D + I, parts=(D,) if orders else ())
-    keys, values = rng.standard_normal((2, 1, H, C, D // H)).astype(np.float16)
-    old = [cache[0, :, :start].astype(np.float64) for cache in (keys, values)]
+    rows = Rows(rng, cache, np.broadcast_to(np.arange(C) < start, (1, H, C)), D // H)
     y = poisoned(T + 1, D)
     kernels.block(
-        x, *norm, 1e-5, *w, in_bias, *w2[1:4], w2[5], out_bias, rotary_angles(C, rotary), keys, values, H, rotary, C,
+        x, *norm, 1e-5, *w, in_bias, *w2[1:4], w2[5], out_bias, rotary_angles(C, rotary), *rows.given, H, rotary, C,
         np.array([[0, start, 0, T]], np.int32), 1, y, T, D, I,
     )  # fmt: skip
 
@@ -278,8 +330,9 @@ def test_block(kernels, rng, bits, T, orders):
     first = h @ exact_in.T
     q, k, v = (reference.heads(part, H) for part in np.split(first[:, : 3 * D], 3, axis=1))
     q, k = (reference.rotary(a, np.arange(start, start + T), rotary) for a in (q, k))
+    old = rows.exact[:, 0, :, :start]
     a = reference.attention(q, np.concatenate([old[0], k], 1), np.concatenate([old[1], v], 1))
     both = np.concatenate([a.transpose(1, 0, 2).reshape(T, D), reference.gelu_new(first[:, 3 * D :] + in_bias)], 1)
     exact = x + both @ exact_out.T + out_bias
-    close(y[:T], exact, np.abs(exact) + np.sqrt(both**2 @ (exact_out**2).T), 2e-3)  # the cache rounds to fp16
+    close(y[:T], exact, np.abs(exact) + np.sqrt(both**2 @ (exact_out**2).T), {16: 2e-3, 8: 2e-2}[cache])  # it rounds
     assert np.isnan(y[T]).all()

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moss_jt import MossError, machine
-from moss_jt.config import Config
+from moss_jt.config import KV_CACHES, Config
 from moss_jt.sizes import parse_size
 from moss_jt.swap import plan_for
 from moss_jt.swap.plan import CHUNK, MIB, RESIDENT, ROWS, Plan, Speeds, make_plan, smallest
@@ -30,15 +30,19 @@ shares = st.floats(0, 1.2, allow_subnormal=False)
 
 
 @st.composite
-def models(draw) -> tuple[Config, Coding, int]:
-    """(config, coding, context): blocks from far smaller to far larger than lm_head."""
+def models(draw) -> tuple[Config, Coding, int, str]:
+    """(config, coding, context, kv_cache): blocks from far smaller to far larger than lm_head."""
     heads, size = 4 * draw(st.integers(1, 6)), 2 * draw(st.integers(1, 128))
     d = heads * size
     inner, v = draw(st.sampled_from([d, 4 * d, 3 * d + 7])), draw(st.integers(1, 110_000))
     config = Config(draw(st.integers(1, 40)), d, heads, inner, 2, 2048, v)
     dtype, head = draw(st.sampled_from(list(BITS))), draw(st.sampled_from(list(BITS)))
     coding = Coding(dtype, head, 8 * draw(st.integers(1, 16)), draw(st.booleans()))
-    return config, coding, draw(st.integers(2, 2048))
+    return config, coding, draw(st.integers(2, 2048)), draw(st.sampled_from(KV_CACHES))
+
+
+def planned(model: tuple[Config, Coding, int, str], budget: int) -> Plan:
+    return make_plan(*model[:3], budget, model[3])
 
 
 def nbytes(tensors) -> int:
@@ -52,7 +56,9 @@ def check(plan: Plan) -> None:
     row = nbytes(matrix("", 16, config.n_embd, plan.coding.head_dtype)) / 16
     resident = (config.n_layer - len(streamed)) * nbytes(block) + plan.head_rows * row
     slots = plan.slots * plan.slot
-    cache = config.cache_bytes_per_token * plan.context
+    number, scale = {"fp16": (2, 0), "int8": (1, 4)}[plan.kv_cache]
+    cache = plan.context * config.n_layer * 2 * config.n_head * (config.n_embd // config.n_head * number + scale)
+    assert plan.memory["KV cache"] == cache
     assert resident + slots + cache + 100 * MIB < plan.peak <= plan.budget
     assert plan.peak == sum(plan.memory.values()) and min(plan.memory.values()) >= 0
     ranges = [(0, plan.head_rows), *plan.head_ranges()]
@@ -70,9 +76,9 @@ def check(plan: Plan) -> None:
 @settings(max_examples=300, deadline=None)
 @given(models(), shares)
 def test_plans_keep_their_budget_and_use_it(model, share):
-    least, most = smallest(*model), make_plan(*model, 1 << 50).peak
+    least, most = smallest(*model), planned(model, 1 << 50).peak
     budget = least + int(share * (most - least))
-    plan = make_plan(*model, budget)
+    plan = planned(model, budget)
     check(plan)
     assert plan.streams == (budget < most)
     room = plan.budget - plan.peak
@@ -84,8 +90,8 @@ def test_plans_keep_their_budget_and_use_it(model, share):
 @settings(max_examples=100, deadline=None)
 @given(models(), st.lists(shares, min_size=2, max_size=20))
 def test_a_larger_budget_reads_no_more_from_disk(model, shares):
-    least, most = smallest(*model), make_plan(*model, 1 << 50).peak
-    moved = [make_plan(*model, least + int(share * (most - least))).disk_bytes for share in sorted(shares)]
+    least, most = smallest(*model), planned(model, 1 << 50).peak
+    moved = [planned(model, least + int(share * (most - least))).disk_bytes for share in sorted(shares)]
     # Up to the pages at the edges of lm_head's parts.
     assert all(after <= before + 1e6 for before, after in zip(moved, moved[1:]))
 
@@ -94,21 +100,29 @@ def test_a_larger_budget_reads_no_more_from_disk(model, shares):
 @given(models(), st.integers(1, 1 << 40))
 def test_refusals_name_the_smallest_that_works(model, short):
     least = smallest(*model)
-    check(make_plan(*model, least))
+    check(planned(model, least))
     assume(least - short > 0)
     with pytest.raises(MossError) as e:
-        make_plan(*model, least - short)
+        planned(model, least - short)
     text = str(e.value)
     named = parse_size(re.search(r"(\d+MiB) is the smallest", text)[1])
     assert least <= named < least + MIB and "\n" not in text
-    check(make_plan(*model, named))
-    config, coding, context = model
+    check(planned(model, named))
+    config, coding, context, kv_cache = model
     for size, shorter in re.findall(r"(\d+MiB) with a context of (\d+)", text.partition(";")[2]):
-        check(make_plan(config, coding, int(shorter), parse_size(size)))
+        check(make_plan(config, coding, int(shorter), parse_size(size), kv_cache))
         assert int(shorter) < context
     for size, lighter in re.findall(r"(\d+MiB) in (int\d)", text):
         assert BITS[lighter] < BITS[coding.dtype]
-        check(make_plan(config, Coding(lighter, min(coding.head_dtype, "int8", key=BITS.get)), context, parse_size(size)))
+        check(
+            make_plan(
+                config, Coding(lighter, min(coding.head_dtype, "int8", key=BITS.get)), context, parse_size(size), kv_cache
+            )
+        )
+    in_int8 = re.search(r"(\d+MiB) with a KV cache in int8", text)
+    assert bool(in_int8) == (kv_cache == "fp16")
+    if in_int8:
+        check(make_plan(config, coding, context, parse_size(in_int8[1]), "int8"))
 
 
 def test_the_large_model():
@@ -122,6 +136,17 @@ def test_the_large_model():
         MOON, Coding("int4", "int8"), 2048, 10 * GIB
     )  # lm_head alone is streamed, and only what does not fit of it
     assert not nearly.streamed_blocks and nearly.slots * nearly.slot < 150 * MIB and nearly.disk_bytes < 0.5e9
+
+
+def test_an_int8_cache_leaves_room_for_weights():
+    plans = {kv_cache: make_plan(MOON, PLAIN, 2048, 6 * GIB, kv_cache) for kv_cache in KV_CACHES}
+    caches = {kv_cache: plan.memory["KV cache"] for kv_cache, plan in plans.items()}
+    assert caches == {"fp16": 2048 * 835_584, "int8": 2048 * 424_320}
+    block = nbytes(block_tensors(MOON, PLAIN))
+    saved = plans["fp16"].disk_bytes - plans["int8"].disk_bytes
+    assert saved == pytest.approx(caches["fp16"] - caches["int8"], abs=block / 20)
+    everything = {kv_cache: make_plan(MOON, PLAIN, 2048, 50 * GIB, kv_cache).memory_bytes for kv_cache in KV_CACHES}
+    assert everything["fp16"] - everything["int8"] == 1024 * (835_584 - 424_320)
 
 
 def test_blocks_are_spread_evenly():
@@ -142,7 +167,7 @@ def test_expected_speed_is_that_of_the_simulated_machine(gib, speeds):
     """The ring, driven in virtual time by a disk and a memory of these speeds, needs as long as the plan says."""
     plan = make_plan(MOON, PLAIN, 2048, gib * GIB)
     block, head = nbytes(block_tensors(MOON, PLAIN)), nbytes(head_tensors(MOON, PLAIN))
-    row, cache = head / MOON.vocab_size, MOON.cache_bytes_per_token * 1024 / 34
+    row, cache = head / MOON.vocab_size, MOON.cache_bytes_per_token() * 1024 / 34
     size = {**{i: block for i in plan.streamed_blocks}, **{(a, b): (b - a) * row for a, b in plan.head_ranges()}}
     device = Device(lambda item: size[item] / speeds.disk, waits=True)
     ring, start = Ring(range(plan.slots), device), 0.0
@@ -210,5 +235,6 @@ def test_a_budget_is_taken_at_its_word(monkeypatch):
     monkeypatch.setattr(machine, "memory", lambda: pytest.fail("asked"))
     weights = SimpleNamespace(config=MOON, coding=Coding("int8", "int8"))
     assert plan_for(weights, 2048, "6GiB").budget == plan_for(weights, 2048, 6 * GIB).budget == 6 * GIB
+    assert plan_for(weights, 2048, "6GiB", "int8").memory["KV cache"] == 2048 * 424_320
     with pytest.raises(MossError, match="'lots' is not a size"):
         plan_for(weights, 2048, "lots")

@@ -1,0 +1,209 @@
+"""Everything that needs a GPU, in one command: build, test, measure, and one table at the end.
+
+    python benchmarks/gpu_suite.py             # under nine minutes from an empty cache, on 16 cores
+    python benchmarks/gpu_suite.py --quick     # the whole models' tests only, and two blocks in place of 34
+
+Installs nothing. Writes benchmarks/results/DATE-gpu.json, with every sample and what the machine is. Where PyTorch with CUDA
+and transformers are there, eager CodeGen of the same shape is measured, too. With --sanitize, compute-sanitizer watches the
+kernels' tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from moss_jt import MossError, cuda, cudart, machine, runtime
+from moss_jt.bench import Decode, Prefill, Shape, moon, random_checkpoint
+from moss_jt.bench.about import machine_facts, now
+from moss_jt.weights import open_weights
+from moss_jt.weights.layout import Coding
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+CODINGS = {"fp16": Coding("fp16", "fp16"), "int8": Coding("int8", "int8"), "int4": Coding("int4", "int8")}
+PROMPT = 1024
+WANTED = {"fp16": (0.80, 0.60), "int8": (0.75, 0.45), "int4": (0.65, 0.45)}  # shares of the copy, and of cuBLAS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two blocks, and no tests of single kernels")
+    parser.add_argument("--sanitize", action="store_true", help="also run the kernels' tests under compute-sanitizer")
+    parser.add_argument("--layers", type=int, help="blocks that are measured (default: 34, 2 with --quick)")
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where random weights lie meanwhile")
+    parser.add_argument("--repeat", type=int, default=5, help="samples of each figure")
+    arguments = parser.parse_args()
+    layers = arguments.layers or (2 if arguments.quick else 34)
+    start = time.monotonic()
+    found = {"date": now(), "machine": machine_facts(), "gpu": gpu_facts(), "layers": layers}
+    say(start, f"{found['gpu']['name']}, CUDA {found['gpu']['toolkit']}")
+    found["build_seconds"] = build()
+    say(start, f"Jittor and the kernels are built ({found['build_seconds']:.0f} s)")
+    found["tests"] = tests(arguments.quick, arguments.sanitize)
+    say(start, "tests: " + ", ".join(f"{name} {result['summary']}" for name, result in found["tests"].items()))
+    found["link"] = dict(zip(("to_device", "to_host"), cuda.link_bandwidth()))
+    for name, coding in CODINGS.items():
+        found[name] = measure(coding, layers, arguments.dir, arguments.repeat)
+        say(start, f"{name} is measured")
+    found["peer"] = peer(layers)
+    found["seconds"] = time.monotonic() - start
+    path = HERE / "results" / f"{found['date'][:10]}-gpu.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    draw(found)
+    print(f"{path.relative_to(ROOT)}, {found['seconds']:.0f} s")
+    sys.exit(any(result["code"] for result in found["tests"].values()))
+
+
+def say(start: float, text: str) -> None:
+    print(f"[{time.monotonic() - start:4.0f} s] {text}", file=sys.stderr, flush=True)
+
+
+def gpu_facts() -> dict:
+    """Ends the program where there is no GPU to use."""
+    driver = cuda.driver()
+    choice = cuda.choose(driver)
+    if not driver.devices or choice.why:
+        sys.exit(f"gpu_suite: {choice.reason or driver.problem}")
+    device = driver.devices[0]
+    return {
+        "name": device.name,
+        "memory_bytes": device.memory,
+        "capability": cuda.show(device.capability),
+        "arithmetic": cuda.arithmetic(device.capability),
+        "driver": cuda.show(driver.version),
+        "toolkit": cuda.show(choice.kit.version),
+    }
+
+
+def build() -> float:
+    """Seconds until a model of a few bytes has run: nothing is to be compiled after that."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        code = (
+            "import sys, numpy as np\n"
+            "sys.path.insert(0, sys.argv[2])\n"
+            "from pathlib import Path\n"
+            "from tests.swap import models\n"
+            "from moss_jt.devices import open_device\n"
+            "from moss_jt.model import Model\n"
+            "weights = models.write(Path(sys.argv[1]) / 'model')\n"
+            "Model(weights, 64, device=open_device(weights, 64, device='cuda')).logits(np.arange(9))\n"
+        )
+        subprocess.run([sys.executable, "-c", code, folder, str(ROOT)], check=True)
+    return time.monotonic() - start
+
+
+# ---- tests -------------------------------------------------------------------------------------------------------------------
+
+
+def tests(quick: bool, sanitize: bool) -> dict:
+    """Each file in a process of its own, all at once: most of their time nvcc takes. name -> code, seconds, last line."""
+    files = [ROOT / "tests/test_gpu_model.py"]
+    if not quick:
+        files += [path for path in sorted((ROOT / "tests/kernels_cuda").glob("test_*.py")) if path.name != "test_compile.py"]
+    found = _run_all({path.stem: [sys.executable, "-m", "pytest", "-q", str(path)] for path in files})
+    if sanitize:
+        tool = shutil.which("compute-sanitizer")
+        for check in ("memcheck", "racecheck") if tool else ():
+            watched = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q"]
+            found.update(_run_all({f"{check} {path.stem}": [*watched, str(path)] for path in files[1:]}))
+    return found
+
+
+def _run_all(commands: dict[str, list[str]]) -> dict:
+    environment = {**os.environ, "MOSS_JT_KERNELS": "gpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    running = {name: subprocess.Popen(c, cwd=ROOT, env=environment, **pipes) for name, c in commands.items()}
+    found = {}
+    for name, process in running.items():
+        output = process.communicate()[0]
+        if process.returncode:
+            print(output, file=sys.stderr)
+        found[name] = {"code": process.returncode, "summary": (output.strip().splitlines() or [""])[-1]}
+    return found
+
+
+# ---- speed -------------------------------------------------------------------------------------------------------------------
+
+
+def measure(coding: Coding, layers: int, parent: Path, repeat: int) -> dict:
+    """Decode and prefill of random weights in the shape of moss-moon-003, all of them on the device."""
+    shape, threads = Shape(moon(layers), coding), machine.cores().usable
+    runtime.jittor("cuda")
+    before = cudart.memory_info()[0]
+    try:
+        with random_checkpoint(shape, parent) as folder:
+            weights = open_weights(folder)
+            decode = Decode(used=128).run(weights, threads, repeat, "cuda")
+            taken = before - cudart.memory_info()[0]
+            prefill = Prefill(PROMPT).run(weights, threads, repeat, "cuda")
+    except MossError as e:
+        return {"why_not": str(e)}
+    return {"decode": decode, "prefill": prefill, "device_bytes": taken}
+
+
+def peer(layers: int) -> dict:
+    """Eager CodeGen of transformers in fp16 on the same GPU, and PyTorch's own copy and product."""
+    try:
+        import torch
+        import transformers  # noqa: F401
+
+        assert torch.cuda.is_available()
+    except Exception as e:  # not installed, of another CUDA, broken: whatever it is, there is no peer
+        return {"why_not": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no CUDA in PyTorch'}"}
+    from dataclasses import asdict
+
+    ask = {"config": asdict(moon(layers)), "threads": machine.cores().usable, "used": 128, "device": "cuda"}
+    command = [sys.executable, str(HERE / "programs/pytorch.py"), json.dumps(ask)]
+    wanted = "\n".join(["decode", f"prefill {PROMPT}", "copy", "multiply"]) + "\n"
+    done = subprocess.run(command, input=wanted, capture_output=True, text=True)
+    if done.returncode:
+        return {"why_not": (done.stderr.strip().splitlines() or ["it failed"])[-1]}
+    facts, *samples = done.stdout.splitlines()
+    return {**json.loads(facts), **dict(zip(("decode", "prefill", "copy", "multiply"), map(float, samples)))}
+
+
+# ---- what it shows -----------------------------------------------------------------------------------------------------------
+
+
+def draw(found: dict) -> None:
+    gpu = found["gpu"]
+    title = f"{gpu['name']} ({gpu['capability']}), driver {gpu['driver']}, CUDA {gpu['toolkit']}: {found['layers']} blocks"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for column in ("", "tokens/s", "limit", "share", "wanted"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in CODINGS:
+        if "why_not" in found[name]:
+            table.add_row(name, found[name]["why_not"])
+            continue
+        for kind, wanted in zip(("decode", "prefill"), WANTED[name]):
+            row = found[name][kind]
+            unit = "GB_s" if "GB_s" in row else "GFLOP_s"
+            limit = f"{row[f'limit_{unit}']:,.0f} {unit.replace('_', '/')}"
+            speed = sorted(row["tokens_s"])[len(row["tokens_s"]) // 2]
+            table.add_row(f"{name} {kind}", f"{speed:,.1f}", limit, f"{row['share']:.1%}", f"{wanted:.0%}")
+    peer = found["peer"]
+    if "why_not" in peer:
+        table.add_row("transformers", peer["why_not"])
+    else:
+        for kind in ("decode", "prefill"):
+            table.add_row(f"transformers {kind}", f"{peer[kind]:,.1f}", "", "", "")
+    Console().print(table)
+    for name, result in found["tests"].items():
+        print(f"{'ok  ' if not result['code'] else 'FAIL'} {name}: {result['summary']}")
+
+
+if __name__ == "__main__":
+    main()

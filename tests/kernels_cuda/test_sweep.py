@@ -1,0 +1,148 @@
+"""sweep.cuh: a whole model against float64, on the emulated device."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moss_jt.ops.rotary import rotary_angles
+from moss_jt.ops.sweep import MOST_ROWS
+from moss_jt.sampling import likeliest, penalised
+from moss_jt.weights.layout import BITS
+
+from .. import dequantise, reference
+from ..emulation.build import build, unwritten
+from ..swap import models
+from ..test_kv_cache import rounded
+
+WRAPPERS = """
+#include "sweep.cuh"
+// Addresses as numbers are of the host's memory.
+ModelSizes the_model;
+int64_t bytes(int64_t T, int64_t R, int64_t places) { return space_bytes(the_model, T, R, places); }
+void model(int64_t D, int64_t I, int64_t V, int64_t heads, int64_t rotary, int64_t context, int64_t bits, int64_t head_bits,
+           int64_t cache_bits) {
+    the_model = {D, I, V, heads, rotary, context, bits, 128, 0, head_bits, 128, cache_bits, nullptr, 1e-5};
+}
+void block(const half* embedded, const float* angles, const float* norm_weight, const float* norm_bias, const float* in_bias,
+           const float* out_bias, const void* in, const half* in_scale, const uint8_t* in_zero, const void* out,
+           const half* out_scale, const uint8_t* out_zero, void* keys, void* values, float* key_scales, float* value_scales,
+           int64_t sequences, int64_t n, int64_t T, void* at, int64_t most) {
+    ModelSizes m = the_model;
+    m.angles = angles;
+    const BlockTensors b = {norm_weight, norm_bias, in_bias, out_bias, {in, in_scale, in_zero, nullptr},
+                            {out, out_scale, out_zero, nullptr}, keys, values, key_scales, value_scales};
+    run_blocks(m, &b, 1, embedded, (const Sequence*)sequences, n, T, Space(m, most, MOST_ROWS, (char*)at), 0);
+}
+void head(const float* norm_weight, const float* norm_bias, const float* bias, const void* q, const half* scale,
+          const uint8_t* zero, int64_t rows, int64_t R, float* logits, void* at, int64_t most) {
+    const HeadTensors h = {norm_weight, norm_bias, bias, {q, scale, zero, nullptr}, the_model.V};
+    const Space space(the_model, most, MOST_ROWS, (char*)at);
+    run_head(the_model, h, (const int32_t*)rows, R, logits ? logits : space.logits, space, 0);
+}
+void likeliest(int64_t by, int64_t starts, const int32_t* ids, int64_t R, int64_t k, float* out, void* at, int64_t most) {
+    Penalties p = {};
+    for (int64_t r = 0; r < R; r++) p.by[r] = ((float*)by)[r], p.start[r + 1] = ((int32_t*)starts)[r + 1];
+    run_top(the_model, p, ids, R, k, out, Space(the_model, most, MOST_ROWS, (char*)at), 0);
+}
+"""
+CONTEXT, MOST = 24, 16
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return build(WRAPPERS)
+
+
+class Emulated:
+    """A model as moss_jt/devices/gpu.py runs it, but on the emulated device, and a block at a time."""
+
+    def __init__(self, kernels, weights, kv_cache: str, places: int):
+        self.kernels, self.weights, c = kernels, weights, weights.config
+        self.bits = BITS[weights.coding.dtype], BITS[weights.coding.head_dtype], 8 if kv_cache == "int8" else 16
+        sizes = (c.n_embd, c.n_inner, c.vocab_size, c.n_head, c.rotary_dim, CONTEXT)
+        kernels.model(*sizes, *self.bits)
+        self.space = unwritten(kernels.bytes(MOST, MOST_ROWS, places), np.uint8)
+        rows = (places, c.n_head, CONTEXT)
+        numbers = ((*rows, c.head_size), np.int8 if kv_cache == "int8" else np.float16)
+        shapes = [numbers, numbers] + [(rows, np.float32)] * 2 * (kv_cache == "int8")
+        self.caches = [[unwritten(*shape) for shape in shapes] for _ in range(c.n_layer)]
+
+    def sweep(self, ids, table, rows) -> np.ndarray:
+        """Logits (R, V)."""
+        c, table = self.weights.config, np.array(table, np.int32)
+        embedded, angles = self.weights.wte()["wte.weight"][ids], rotary_angles(CONTEXT, c.rotary_dim)
+        for i, cache in enumerate(self.caches):
+            w = self.weights.block(i)
+            vectors = [w[name] for name in ("ln_1.weight", "ln_1.bias", "in.bias", "out.bias")]
+            matrices = [part for name in ("in.weight", "out.weight") for part in _parts(w, name)]
+            parts = [*cache, *[None] * (4 - len(cache))]
+            given = embedded if i == 0 else None
+            args = (given, angles, *vectors, *matrices, *parts, table.ctypes.data, len(table), len(ids), self.space, MOST)
+            self.kernels.block(*args)
+        logits = unwritten((len(rows), c.vocab_size), np.float32)
+        self._head(rows, logits)
+        return logits.array
+
+    def _head(self, rows, logits) -> None:
+        h = self.weights.head()
+        vectors = [h[name] for name in ("ln_f.weight", "ln_f.bias", "lm_head.bias")]
+        rows = np.array(rows, np.int32)
+        self.kernels.head(*vectors, *_parts(h, "lm_head.weight"), rows.ctypes.data, len(rows), logits, self.space, MOST)
+
+    def likeliest(self, rows, k: int, seen: list[np.ndarray], by: list[float]) -> tuple[np.ndarray, np.ndarray]:
+        self._head(rows, None)
+        starts, ids = np.cumsum([0, *map(len, seen)]).astype(np.int32), np.concatenate([*seen, [0]]).astype(np.int32)
+        out = unwritten((2, len(rows), k), np.float32)
+        by = np.array(by, np.float32)
+        self.kernels.likeliest(by.ctypes.data, starts.ctypes.data, ids, len(rows), k, out, self.space, MOST)
+        return out.array[0], out.array[1].view(np.int32)
+
+
+def _parts(tensors: dict, name: str) -> list:
+    if name in tensors:
+        return [np.asarray(tensors[name]), None, None]
+    return [np.asarray(tensors[f"{name}.{part}"]) for part in ("q", "scale", "zero")]
+
+
+def _state(weights) -> dict:
+    """Official name -> array."""
+    names = {
+        "ln_1.weight": "ln_1.weight", "ln_1.bias": "ln_1.bias", "in.bias": "mlp.fc_in.bias", "out.bias": "mlp.fc_out.bias",
+    }  # fmt: skip
+    head = weights.head()
+    found = {"transformer.wte.weight": weights.wte()["wte.weight"], "lm_head.bias": head["lm_head.bias"]}
+    found.update({f"transformer.{name}": head[name] for name in ("ln_f.weight", "ln_f.bias")})
+    for i in range(weights.config.n_layer):
+        found.update({f"transformer.h.{i}.{theirs}": weights.block(i)[ours] for ours, theirs in names.items()})
+    return dequantise.official_state(weights, found)
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dtype, kv_cache", [("fp16", "fp16", "fp16"), ("int8", "int8", "int8"), ("int4", "int8", "fp16")]
+)
+def test_a_prompt_and_what_follows_it(kernels, tmp_path, rng, monkeypatch, dtype, head_dtype, kv_cache):
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "rotary_dim": 8, "vocab_size": 300, "n_inner": 72}
+    weights = models.write(tmp_path / "model", dtype, head_dtype, seed=int(rng.integers(1 << 30)), **sizes)
+    model, state = Emulated(kernels, weights, kv_cache, places=2), _state(weights)
+    a, b = rng.integers(0, 300, 15), rng.integers(0, 300, 6)
+    if kv_cache == "int8":
+        attention = reference.attention
+        monkeypatch.setattr(reference, "attention", lambda q, k, v: attention(q, rounded(k), rounded(v)))
+    exact = {len(ids): reference.logits(weights.config, state, ids) for ids in (a, b)}
+    bound = 1e-2 if kv_cache == "int8" else 3e-3  # halves round the other way now and then
+
+    def close(ours, theirs):
+        assert np.linalg.norm(ours - theirs) < bound * np.linalg.norm(theirs)
+
+    close(model.sweep(a[:12], [(1, 0, 0, 12)], [3, 11]), exact[15][[3, 11]])
+    both = np.concatenate([a[12:14], b])
+    logits = model.sweep(both, [(1, 12, 0, 2), (0, 0, 2, 6)], [1, 7])
+    close(logits, np.stack([exact[15][13], exact[6][5]]))
+    last = model.sweep(a[14:], [(1, 14, 0, 1)], [0])
+    close(last, exact[15][[14]])
+
+    seen = np.unique(a)
+    values, ids = model.likeliest([0], 5, [seen], [1.5])
+    expected = likeliest(penalised(last[0], seen, np.float32(1.5)), 5)
+    assert np.array_equal(ids[0], expected.ids) and np.array_equal(values[0], expected.logits)

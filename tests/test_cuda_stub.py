@@ -1,0 +1,212 @@
+"""All of CUDA but the kernels themselves: a toolkit whose libraries are stubs, in which device memory is host memory.
+
+Where MOSS_CUDA_STUB names its folder: Jittor's core is compiled for it the first time, which takes minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .swap import models
+
+STUB = Path(os.environ.get("MOSS_CUDA_STUB", "/nonexistent"))
+pytestmark = pytest.mark.skipif(
+    not (STUB / "bin/nvcc").exists(), reason="needs a toolkit folder of stubs, which MOSS_CUDA_STUB names"
+)
+
+KERNEL = r"""
+#include <cuda_fp16.h>
+namespace moss_cuda {
+__global__ void twice(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] = 2 * x[i];
+}
+inline void launch_twice(const float* x, float* y, int n, cudaStream_t stream) {
+    twice<<<(n + 255) / 256, 256, 0, stream>>>(x, y, n);
+}
+}
+"""
+
+# An op with both bodies over a numpy array that is used in place. Marks say what the lines of the log that follow belong to.
+PROGRAM = r"""
+import importlib.util, json, os, sys
+from pathlib import Path
+import numpy as np
+import moss_jt
+
+here = Path(sys.argv[1])
+spec = importlib.util.spec_from_file_location("moss_jt.kernels_cuda", here / "__init__.py")
+sys.modules["moss_jt.kernels_cuda"] = importlib.util.module_from_spec(spec)
+from moss_jt import cuda, runtime
+from moss_jt.ops import kernel
+
+jt = runtime.jittor("cuda")
+answer = {"cuda": jt.has_cuda, "nvcc": jt.flags.nvcc_path, "use_cuda": jt.flags.use_cuda}
+answer["device"] = cuda.driver().devices[0].name
+
+def mark(text):
+    with open(os.environ["MOSS_STUB_LOG"], "a") as log:
+        log.write(f"--- {text}\n")
+
+def op(x, both=True):
+    cpu = 'for (int i = 0; i < out_shape0; i++) out_p[i] = 3 * in0_p[i] + data["plus"];'
+    device = ("twice.cuh", "moss_cuda::launch_twice(in0_p, out_p, in0_shape0, 0);")
+    return kernel.run("simd.h", x.shape, [x], cpu, device if both else None, plus=1.0)
+
+values = np.arange(100_000, dtype=np.float32)
+x = jt.core.reuse_np_array(values)
+with jt.flag_scope(use_cuda=0, lazy_execution=0):
+    mark("host")
+    answer["host"] = op(x).numpy()[:3].tolist()
+    answer["shared"] = x.raw_ptr == values.ctypes.data
+with jt.flag_scope(use_cuda=1, lazy_execution=0):
+    mark("device")
+    y = op(x)
+    mark("device again")
+    y = op(x)
+    mark("host body")
+    z = op(x, both=False)
+    mark("to numpy")
+    z.numpy()
+mark("array")
+answer["kept"] = bool((values == np.arange(100_000)).all())
+answer["shared after"] = x.raw_ptr == values.ctypes.data
+mark("lazy")
+with jt.flag_scope(use_cuda=1):
+    op(op(op(jt.array(values)))).sync(True)
+mark("cub")
+with jt.flag_scope(use_cuda=1):
+    jt.compile_extern.cub_ops.cub_cumsum(jt.array(values[None])).sync(True)
+mark("end")
+print(json.dumps(answer))
+"""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """What the program answers, and for each of its marks the lines that the stubs wrote."""
+    folder = tmp_path_factory.mktemp("stub")
+    (folder / "__init__.py").touch()
+    (folder / "twice.cuh").write_text(KERNEL)
+    log = folder / "log"
+    env = {**os.environ, "LD_LIBRARY_PATH": str(STUB / "lib64"), "nvcc_path": str(STUB / "bin/nvcc"), "MOSS_STUB_LOG": str(log)}
+    command = [sys.executable, "-c", PROGRAM, str(folder)]
+    ran = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+    assert ran.returncode == 0
+    parts = re.split(r"^--- (.+)\n", log.read_text(), flags=re.MULTILINE)
+    return json.loads(ran.stdout.splitlines()[-1]), dict(zip(parts[1::2], parts[2::2]))
+
+
+def test_jittor_has_cuda(done):
+    answer, _ = done
+    assert answer["cuda"] == 1 and answer["use_cuda"] == 0 and answer["device"].startswith("stub sm_")
+    assert "/moss-jt-cuda/" in answer["nvcc"]
+
+
+def test_the_host_computes_on_the_array_itself(done):
+    answer, log = done
+    assert answer["host"] == [1.0, 4.0, 7.0] and answer["shared"]
+    assert "copy" not in log["host"] and "launch" not in log["host"]
+
+
+def test_the_device_gets_a_copy_once(done):
+    """cudaMemcpyKind 1 is to the device, 2 to the host."""
+    answer, log = done
+    assert "copy kind 1 400000\n" in log["device"] and log["device"].count("launch") == 1
+    assert "copy" not in log["device again"] and log["device again"].count("launch") == 1
+    assert answer["kept"] and not answer["shared after"]
+
+
+def test_a_host_body_amid_the_device_s_work(done):
+    """Its input comes back, its result goes there."""
+    _, log = done
+    assert "copy kind 2 400000\n" in log["host body"] and "copy kind 1 400000\n" in log["host body"]
+    assert "launch" not in log["host body"] and "copy kind 2 400000\n" in log["to numpy"]
+
+
+def test_several_ops_and_one_of_jittor_s_own(done):
+    _, log = done
+    assert log["lazy"].count("launch") == 3 and log["cub"].count("launch") == 1
+
+
+# ---- a model -----------------------------------------------------------------------------------------------------------------
+
+MODEL = r"""
+import json, os, sys
+import numpy as np
+from moss_jt import cudart
+from moss_jt.devices import open_device
+from moss_jt.model import Model, Request
+from moss_jt.sampling import Likeliest, Sampling
+from moss_jt.weights import open_weights
+
+def mark(text):
+    with open(os.environ["MOSS_STUB_LOG"], "a") as log:
+        log.write(f"--- {text}\n")
+
+weights = open_weights(sys.argv[1])
+mark("load")
+device = open_device(weights, 64, kv_cache="int8", device="cuda")
+model = Model(weights, 64, kv_cache="int8", device=device)
+ids, greedy = np.arange(20), Sampling(greedy=True)
+mark("prompt")
+(logits,) = model.logits(ids)
+mark("token")
+((one,),) = model.evaluate([Request(model.sequence, np.arange(21), 1, greedy)])
+mark("token again")
+model.evaluate([Request(model.sequence, np.arange(22), 1, Sampling(seed=0))])
+mark("batch")
+cache = model.cache(3)
+batch = model.evaluate([Request(s, ids[: 5 + s.place], 2, greedy) for s in cache.sequences])
+mark("many rows")
+rows = model.logits(np.arange(30, 55), 20)
+mark("freed")
+used = cudart.memory_info()
+del model, device, cache
+import gc; gc.collect()
+mark("end")
+print(json.dumps({
+    "logits": list(logits.shape), "one": [type(one).__name__, list(one.ids.shape)],
+    "batch": [len(b) for b in batch], "rows": list(rows.shape), "freed": cudart.memory_info()[0] - used[0],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    weights = models.write(tmp_path_factory.mktemp("stub-model") / "model", "int4", "int8")
+    log = weights.folder.parent / "log"
+    env = {**os.environ, "LD_LIBRARY_PATH": str(STUB / "lib64"), "nvcc_path": str(STUB / "bin/nvcc"), "MOSS_STUB_LOG": str(log)}
+    ran = subprocess.run([sys.executable, "-c", MODEL, str(weights.folder)], env=env, stdout=subprocess.PIPE, text=True)
+    assert ran.returncode == 0
+    parts = re.split(r"^--- (.+)\n", log.read_text(), flags=re.MULTILINE)
+    return weights, json.loads(ran.stdout.splitlines()[-1]), dict(zip(parts[1::2], parts[2::2]))
+
+
+def test_a_model_s_weights_go_to_the_device_once(model):
+    weights, answer, log = model
+    files = [region.nbytes for name, region in weights.regions.items() if name != "wte.safetensors"]
+    copied = [int(size) for size in re.findall(r"copy kind 1 (\d+)", log["load"])]
+    assert [size for size in copied if size in files] == files
+    later = [int(size) for part in ("prompt", "token", "token again") for size in re.findall(r"copy kind 1 (\d+)", log[part])]
+    assert sum(later) < 10_000
+    assert answer["freed"] > sum(files)
+
+
+def test_a_token_is_issued_at_once_and_little_comes_back(model):
+    weights, answer, log = model
+    assert answer["logits"] == [2100] and answer["rows"] == [20, 2100] and answer["batch"] == [2, 2, 2]
+    assert answer["one"] == ["Likeliest", [1]]
+    for part in ("token", "token again"):
+        back = [int(size) for size in re.findall(r"copy kind 2 (\d+)", log[part])]
+        assert len(back) == 1 and back[0] <= 2 * 40 * 4  # the likeliest tokens and their logits
+        launches = log[part].count("launch")
+        assert 4 * weights.config.n_layer < launches < 8 * weights.config.n_layer + 12
+        assert "malloc" not in log[part]

@@ -1,0 +1,102 @@
+"""Whole models on a real GPU: ``MOSS_JT_KERNELS=gpu pytest tests/test_gpu_model.py``."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+import moss_jt
+from moss_jt.devices import Host, open_device
+from moss_jt.model import Model, Request
+from moss_jt.sampling import Sampling, likeliest, penalised
+from moss_jt.weights import open_weights
+
+from .swap import models
+
+pytestmark = pytest.mark.skipif(os.environ.get("MOSS_JT_KERNELS") != "gpu", reason="needs a GPU, and MOSS_JT_KERNELS=gpu")
+
+CODINGS = {"fp16": ("fp16", "fp16"), "int8": ("int8", "int8"), "int4": ("int4", "int8")}
+CONTEXT = 256
+
+
+def error(ours, exact) -> float:
+    return np.linalg.norm(np.asarray(ours) - exact) / np.linalg.norm(exact)
+
+
+def both(weights, kv_cache: str = "fp16", context: int = CONTEXT) -> tuple[Model, Model]:
+    """The model on the GPU, and on the CPU."""
+    gpu = open_device(weights, context, kv_cache=kv_cache, device="cuda")
+    return (
+        Model(weights, context, kv_cache=kv_cache, device=gpu),
+        Model(weights, context, kv_cache=kv_cache, device=Host(weights, context, kv_cache=kv_cache)),
+    )
+
+
+@pytest.mark.parametrize("kv_cache", ["fp16", "int8"])
+@pytest.mark.parametrize("coding", list(CODINGS))
+@pytest.mark.parametrize("sizes", [{}, {"n_embd": 256, "n_head": 4, "n_inner": 520, "rotary_dim": 32}])
+def test_as_on_the_cpu(tmp_path, coding, kv_cache, sizes):
+    weights = models.write(tmp_path / "model", *CODINGS[coding], **sizes)
+    gpu, cpu = both(weights, kv_cache)
+    rng = np.random.default_rng()
+    ids = rng.integers(0, 2100, 200)
+    for end in (1, 2, 10, 75, 140, 141, 200):
+        assert error(gpu.logits(ids[:end], 1), cpu.logits(ids[:end], 1)) < 3e-3
+    assert error(gpu.logits(ids[50:], 40), cpu.logits(ids[50:], 40)) < 3e-3
+    sequences = [m.cache(5).sequences for m in (gpu, cpu)]
+    for lengths in ([3, 1, 90, 20, 7], [4, 9, 91, 60, 8]):
+        ours, exact = (
+            m.evaluate([Request(s, ids[i:][:n], 2) for i, (s, n) in enumerate(zip(of, lengths))])
+            for m, of in zip((gpu, cpu), sequences)
+        )
+        for a, b in zip(ours, exact):
+            assert error(a, np.stack(b)) < 3e-3
+
+
+def test_the_likeliest_are_those_of_all_logits(tmp_path):
+    weights = models.write(tmp_path / "model", "int4", "int8")
+    gpu, _ = both(weights)
+    ids = np.random.default_rng().integers(0, 2100, 60)
+    for sampling in (Sampling(greedy=True), Sampling(), Sampling(repetition_penalty=1.3, top_k=7), Sampling(top_k=0)):
+        gpu.sequence.truncate(0)
+        (found,) = gpu.evaluate([Request(gpu.sequence, ids, 3, sampling)])
+        gpu.sequence.truncate(0)
+        for i, (row, logits) in enumerate(zip(found, gpu.logits(ids, 3))):
+            seen = ids[: len(ids) - 2 + i]
+            expected = likeliest(penalised(logits, seen, sampling.penalty), sampling.enough)
+            if sampling.top_k == 0:
+                assert np.array_equal(row, logits)
+            else:
+                assert np.array_equal(row.ids, expected.ids) and np.array_equal(row.logits, expected.logits)
+
+
+@pytest.mark.parametrize("coding", list(CODINGS))
+def test_two_blocks_of_the_full_size(tmp_path, coding):
+    from moss_jt.bench import Shape, moon, random_checkpoint
+    from moss_jt.weights.layout import Coding
+
+    with random_checkpoint(Shape(moon(2), Coding(*CODINGS[coding])), tmp_path) as folder:
+        gpu, cpu = both(open_weights(folder), context=512)
+        ids = np.random.default_rng().integers(0, 100_000, 300)
+        for end in (1, 2, 9, 100, 300):
+            assert error(gpu.logits(ids[:end]), cpu.logits(ids[:end])) < 3e-3
+
+
+@pytest.mark.parametrize("name", ["", "-int8", "-int4", "-int4-actorder"])
+@pytest.mark.parametrize("kv_cache", ["fp16", "int8"])
+def test_golden_dialogues(official_checkpoint, golden, tmp_path, name, kv_cache):
+    folder = moss_jt.convert.weights(official_checkpoint(f"moss-tiny-sft{name}"), tmp_path / "model")
+    m = moss_jt.load(folder, device="cuda", kv_cache=kv_cache)
+    for file in ("dialogues.json", "turns.json"):
+        for record in json.loads((golden / file).read_text()):
+            answer = m.generate(record["prompt_ids"], greedy=True, max_new_tokens=400)
+            assert [piece.id for piece in answer] == record["greedy_ids"]
+    if kv_cache == "fp16":
+        with np.load(golden / f"logits_{name[1:] or 'fp16'}.npz") as stored:
+            for k in range(len(stored.files) // 2):
+                exact = stored[f"logits{k}"]
+                known = exact > -5000
+                assert error(m.logits(stored[f"ids{k}"].tolist(), 4)[known], exact[known]) < 3e-3
