@@ -10,9 +10,8 @@ from ..emulation.build import build, unwritten
 
 WRAPPERS = """
 #include "norm.cuh"
-void layer_norm(const float* x, const float* w, const float* b, const int32_t* order, int orders, half* y, int T, int D,
-                int stride) {
-    launch_layer_norm(x, {w, b, 1e-5f}, order, orders, y, T, D, stride, 0);
+void layer_norm(const float* x, const float* w, const float* b, const int32_t* o, int orders, half* y, int T, int D, int to) {
+    launch_layer_norm(x, {w, b, 1e-5f}, o, orders, y, T, D, to, 0);
 }
 """
 
