@@ -86,9 +86,12 @@ def plan_weights(
 
 def plan_export(src: str | Path, out: str | Path, format: str = "pytorch", shard_size: int | None = None) -> Job:
     """What ``export`` would write: opens and checks the source, writes nothing."""
+    from ..errors import MossError
     from . import to_gguf
     from .to_official import plan
 
     if format in to_gguf.FORMATS:
+        if shard_size is not None:
+            raise MossError(f"{format} is one file, whatever its size; leave the shard size out")
         return to_gguf.plan(Path(src), Path(out), format)
     return plan(Path(src), Path(out), format, shard_size)

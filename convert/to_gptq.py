@@ -15,6 +15,7 @@ from .copy import Advance, append, write_tensor
 from .gptq import matrices_of
 from .mapping import Band, Piece, official_shapes, pieces
 from .panels import packed, rows_of
+from .view import View, cast, of_region
 
 _CHUNK = 1 << 20  # weights repacked at a time
 _LARGEST_F16 = 65504
@@ -97,8 +98,6 @@ class ToGptq:
             return np.arange(first, first + k)
         order = self._arrays(file)[f"{its[0].ours}.order"]
         order = order[1 if name.endswith("fc_in") else 0]
-        if not np.array_equal(np.sort(order), np.arange(len(order))):
-            raise MossError(f"{self.weights.folder / file}: tensor {its[0].ours}.order is damaged: it names an input twice")
         return np.argsort(order)[first : first + k]
 
     def _groups(self, name: str) -> np.ndarray:
@@ -107,6 +106,9 @@ class ToGptq:
 
     def _arrays(self, file: str) -> dict[str, np.ndarray]:
         return self.weights.regions[file].map()
+
+    def _view(self, file: str, tensor: str) -> View:
+        return of_region(self.weights.regions[file])[tensor]
 
     def _chunks(self, name: str) -> Iterator[tuple[dict, Piece, int, int]]:
         """(our tensors, a piece, rows [first, end) of it) that together are a matrix."""
@@ -136,7 +138,8 @@ class ToGptq:
         return found
 
     def _scales(self, name: str) -> np.ndarray:
-        return self._of_groups(name, "scale")
+        file, its = self._made_of[name]
+        return cast(self._of_groups(name, "scale"), self._view(file, f"{its[0].ours}.scale"), "F16")
 
     def _qzeros(self, name: str) -> np.ndarray:
         zeros = self._of_groups(name, "zero")  # less one in both
@@ -153,6 +156,7 @@ class ToGptq:
         """Rows of lm_head, float16."""
         arrays, config, bits = self._arrays(HEAD_FILE), self.weights.config, BITS[self.coding.head_dtype]
         q, scale, zero = (arrays[f"lm_head.weight.{part}"] for part in ("q", "scale", "zero"))
+        scale = cast(scale, self._view(HEAD_FILE, "lm_head.weight.scale"), "F16")
         scale, zero = (x.transpose(0, 2, 1).reshape(-1, x.shape[1], 1) for x in (scale, zero))
         step = max(1, _CHUNK // config.n_embd)
         for first in range(0, config.vocab_size, step):

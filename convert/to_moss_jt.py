@@ -36,7 +36,7 @@ def plan(
     act_order: bool = False,
 ) -> Job:
     """Open and check the source. Raises MossError for the first thing that is wrong with it, or for the destination."""
-    _check_method(method, calibration, act_order)
+    check_method(method, calibration, act_order)
     coding = Coding(dtype or "fp16", head_dtype or ("fp16" if dtype in (None, "fp16") else "int8"), group_size, act_order)
     check_apart(src, dst)
     source = open_source(src)
@@ -65,7 +65,8 @@ def _as_it_is(src: Path, gptq: Gptq, dtype: str | None, head_dtype: str | None) 
     return replace(gptq.coding, head_dtype=head_dtype or "fp16")
 
 
-def _check_method(method: str, calibration: Path | None, act_order: bool) -> None:
+def check_method(method: str, calibration: str | Path | None, act_order: bool) -> None:
+    """Raises MossError for what does not go together, whatever the checkpoint is."""
     if method not in METHODS:
         raise MossError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
     if method == "gptq" and calibration is None:

@@ -106,7 +106,7 @@ def test_gptq_and_back(tmp_path, run):
     assert code == 1 and stdout == "" and "quantised to int4 and kept so" in stderr and stderr.count("\n") == 1
     code, stdout, stderr = run("convert", "export", dst, out, "--format", "gptq")
     assert (
-        code == 0 and "in 1 files" in stdout and stderr.endswith("lm_head is in int8, GPTQ's layout has it in fp16: rounded\n")
+        code == 0 and "in 1 file." in stdout and stderr.endswith("lm_head is in int8, GPTQ's layout has it in fp16: rounded\n")
     )
     assert json.loads((out / "config.json").read_text())["groupsize"] == 32
 
@@ -132,12 +132,17 @@ def test_gptq(tmp_path, src, run):
         (["--calibration", "x.jsonl"], "rtn uses no calibration"),
         (["--act-order"], "rtn has no order of inputs"),
         (["--group-size", "12"], "group_size is 12, it must be a multiple of 8, at most 128"),
-        (["--method", "gptq", "--calibration", "no.jsonl"], "no.jsonl: cannot be read: No such file"),
     ],
 )
 def test_what_does_not_go_together(tmp_path, src, run, options, says):
     code, stdout, stderr = run("convert", "weights", src, tmp_path / "dst", "--dtype", "int4", *options)
-    assert code == 1 and stdout == "" and stderr.startswith("moss-jt: ") and says in stderr and stderr.count("\n") == 1
+    assert code == 2 and stdout == "" and f"Error: {says}" in stderr
+
+
+def test_no_calibration_file(tmp_path, src, run):
+    options = ["--dtype", "int4", "--method", "gptq", "--calibration", "no.jsonl"]
+    says = "no.jsonl: cannot be read: No such file or directory"
+    assert run("convert", "weights", src, tmp_path / "dst", *options) == (1, "", f"moss-jt: {says}\n")
 
 
 def test_dry_run_writes_nothing(tmp_path, src, run):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import MossError
 from . import progress
 from .convert_table import draw_errors
 from .size import SIZE, gigabytes
@@ -54,6 +55,7 @@ def weights(src: str, dst: str, revision: str | None, dry_run: bool, **coding) -
     """
     from .. import convert
 
+    _check_usage(**coding)
     with _stoppable():
         job = convert.plan_weights(src, dst, revision=revision, download=not dry_run, **coding)
         if job.finished:
@@ -83,6 +85,18 @@ def export(src: str, out: str, format: str, shard_size: int | None, dry_run: boo
         _do(convert.plan_export(src, out, format, shard_size), dry_run, "")
 
 
+def _check_usage(method: str, calibration: str | None, group_size: int, act_order: bool, **others) -> None:
+    """Raises click.UsageError for options that do not go together, whatever the checkpoint is."""
+    from ..convert.to_moss_jt import check_method
+    from ..weights.layout import Coding
+
+    try:
+        check_method(method, calibration, act_order)
+        Coding(group=group_size)
+    except MossError as e:
+        raise click.UsageError(str(e)) from None
+
+
 def _do(job: Job, dry_run: bool, afterwards: str) -> None:
     for note in job.notes:
         click.echo(note, err=True)
@@ -98,7 +112,8 @@ def _do(job: Job, dry_run: bool, afterwards: str) -> None:
 
 
 def _count(job: Job) -> str:
-    return f"{len(job.files)} {'parts' if job.single else 'files'}"
+    count = len(job.files)
+    return f"{count} {'part' if job.single else 'file'}{'' if count == 1 else 's'}"
 
 
 def _print_plan(job: Job) -> None:

@@ -1,4 +1,4 @@
-"""Opening a converted checkpoint: every name, shape, dtype and length is checked, then each file is mapped."""
+"""Opening a converted checkpoint: every name, shape, dtype, length and order of inputs is checked, then each file is mapped."""
 
 from __future__ import annotations
 
@@ -84,6 +84,9 @@ def open_weights(folder: str | Path) -> Weights:
         raise MossError(f"{folder / 'config.json'}: {e}") from None
     config = Config.from_dict(raw, str(folder / "config.json"))
     regions = {name: check_file(folder / name, expected) for name, expected in files_of(config, coding).items()}
+    if coding.ordered:
+        for region in regions.values():
+            _check_orders(region)
     return Weights(folder, config, coding, regions)
 
 
@@ -107,3 +110,10 @@ def check_file(path: Path, expected: list[Tensor]) -> Region:
     if header.start % ALIGN:
         raise MossError(f"{path}: its data starts at byte {header.start}, not at a multiple of {ALIGN}")
     return Region(path, header.start, sum(t.nbytes for t in expected), tuple(expected))
+
+
+def _check_orders(region: Region) -> None:
+    """Raises MossError unless each order holds each input once: kernels take these numbers as they are."""
+    for name, x in region.map().items():
+        if name.endswith(".order") and (np.sort(x) != np.arange(x.shape[1])).any():
+            raise MossError(f"{region.path}: tensor {name} is damaged: it does not hold every input once")

@@ -102,11 +102,11 @@ def test_refusals(tmp_path):
         src = write_official(tmp_path / f"{name}-src", config, random_state(config))
         return convert.weights(src, tmp_path / name, dtype)
 
-    def changed(name: str, tensor: str, value: bytes) -> object:
-        """One in act-order whose second block's ``tensor`` starts with other bytes."""
+    def changed(name: str, tensor: str, value: bytes, file: str = "block-01.safetensors") -> object:
+        """One in act-order whose second block's ``tensor``, or another file's, starts with other bytes."""
         made = random_gptq(small_config(n_embd=64), 4, 32, True)
-        folder = convert.weights(made.write(tmp_path / f"{name}-src"), tmp_path / name)
-        region = open_weights(folder).regions["block-01.safetensors"]
+        folder = convert.weights(made.write(tmp_path / f"{name}-src"), tmp_path / name, head_dtype="int8")
+        region = open_weights(folder).regions[file]
         at = [t.name for t in region.tensors].index(tensor)
         with region.path.open("r+b") as f:
             f.seek(region.start + sum(t.nbytes for t in region.tensors[:at]))
@@ -115,15 +115,23 @@ def test_refusals(tmp_path):
 
     int4 = ours("int4", "int4")
     order, zero = changed("order", "out.weight.order", bytes(8)), changed("zero", "in.weight.zero", b"\x10")
+    nan, vast = changed("nan", "in.weight.scale", b"\0\x7e"), changed("vast", "out.weight.scale", b"\xff\x7b" * 16)
+    head = changed("head", "lm_head.weight.scale", b"\0\x7c", "head.safetensors")
     cases = [
         (ours("fp16", "fp16"), "gptq", "fp16: its blocks are in fp16; GPTQ's layout is for int8 and int4"),
         (ours("odd", "int4", n_embd=20), "gptq", "qkv_proj is 60 x 20; GPTQ's layout needs multiples of 8"),
         (int4, "pytorch", "is in int4, lm_head in int8, and only fp16 is exported so; "),
         (int4, "gptq2", "format 'gptq2' is unknown; choose one of pytorch, safetensors, gptq, gptq-safetensors"),
-        (order, "gptq", r"block-01\.safetensors: tensor out\.weight\.order is damaged: it names an input twice"),
+        (order, "gptq", r"block-01\.safetensors: tensor out\.weight\.order is damaged: it does not hold every input once"),
+        (nan, "gptq", r"block-01\.safetensors: tensor in\.weight\.scale holds NaN"),
+        (nan, "gguf-f16", r"block-01\.safetensors: tensor in\.weight holds NaN"),
+        (vast, "gguf-q8_0", r"block-01\.safetensors: tensor out\.weight holds -?\d.*, beyond fp16's largest number"),
+        (head, "gptq", r"head\.safetensors: tensor lm_head\.weight\.scale holds infinity"),
+        (int4, "gguf-q4_0", "gguf-q4_0 is one file, whatever its size; leave the shard size out"),
         (zero, "gptq", r"transformer\.h\.1\.attn\.qkv_proj has a zero of 17, more than GPTQ's layout holds"),
     ]
-    for src, format, says in cases:
+    for i, (src, format, says) in enumerate(cases):
+        out = tmp_path / f"out-{i}.gguf"
         with pytest.raises(MossError, match=says) as e:
-            convert.export(src, tmp_path / "out", format)
-        assert str(e.value).isprintable() and not (tmp_path / "out").exists()
+            convert.export(src, out, format, 1000 if format == "gguf-q4_0" else None)
+        assert str(e.value).isprintable() and not out.exists()

@@ -11,10 +11,11 @@ from safetensors.numpy import load_file, save_file
 
 from moss_jt import MossError, convert
 from moss_jt.config import Config
-from moss_jt.weights import files_of, is_converted, open_weights
+from moss_jt.weights import files_of, is_converted, open_weights, store
 from moss_jt.weights.header import header_bytes
 from moss_jt.weights.layout import METADATA, Tensor
 from tests.checkpoints import random_state, small_config, write_official
+from tests.gptq_checkpoints import random_gptq
 
 CONFIG = small_config()
 
@@ -147,6 +148,20 @@ def test_a_wrong_shape(folder):
 def test_a_wrong_order(folder):
     rewrite(folder / "block-00.safetensors", block()[::-1])
     assert "lie in the order out.bias, out.weight," in refusal(folder)
+
+
+@pytest.mark.parametrize(("tensor", "row"), [("in.weight.order", 0), ("in.weight.order", 1), ("out.weight.order", 0)])
+@pytest.mark.parametrize("wrong", [-1, 1, 1 << 30])
+def test_an_order_that_is_none(tmp_path, tensor, row, wrong):
+    """Kernels take its numbers as places in memory."""
+    folder = convert.weights(random_gptq(small_config(n_embd=64), 4, 32, True).write(tmp_path / "src"), tmp_path / "model")
+    region = open_weights(folder).regions["block-01.safetensors"]
+    mapped = np.memmap(region.path, np.uint8, "r+", region.start)
+    order = store.arrays(mapped, region.tensors)[tensor]
+    order[row, order[row] == 0] = wrong
+    mapped.flush()
+    says = f"tensor {tensor} is damaged: it does not hold every input once"
+    assert refusal(folder) == f"model/block-01.safetensors: {says}"
 
 
 def test_data_that_cannot_be_mapped(folder):
