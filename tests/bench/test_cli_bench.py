@@ -80,7 +80,7 @@ def test_a_device_that_is_not_there(run, monkeypatch):
     monkeypatch.setattr(cuda, "toolkits", lambda: iter(()))
     for name in [name for name in sys.modules if name.split(".")[0] == "jittor"]:
         monkeypatch.delitem(sys.modules, name)
-    code, out, err = run("decode", "--random", 1, "--device", "cuda")
+    code, out, err = run("decode", "--random", 1, "--context-used", 0, "--device", "cuda")
     assert (code, out) == (1, "") and err.splitlines()[-1].endswith("device cuda: no driver")
     code, out, err = run("decode", "--random", 1, "--device", "gpu")
     assert (code, out) == (2, "") and "'gpu' is not one of 'auto', 'cpu', 'cuda'" in err
@@ -304,7 +304,7 @@ def test_nothing_stays_when_it_is_stopped(tmp_path, number, code):
 
 
 def test_nothing_stays_after_an_error(run, monkeypatch):
-    def fail(self, weights, threads, repeat):
+    def fail(self, weights, threads, repeat, device):
         raise moss_jt.MossError("it broke")
 
     monkeypatch.setattr(bench.Decode, "run", fail)
