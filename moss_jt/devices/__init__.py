@@ -12,6 +12,7 @@ from ..sizes import parse_size
 from ..swap import make_plan, plan_for, smallest, spare_memory
 from ..swap.plan import in_mib, too_small
 from ..weights import Weights
+from . import check
 from .gpu import Cuda
 from .host import Host
 from .sweep import Sweep
@@ -42,8 +43,9 @@ def open_device(
     plan = None if wants_gpu(device) else plan_for(weights, context, ram, kv_cache)
     if jittor(device).has_cuda and device != "cpu":
         try:
+            check.check(weights.coding, kv_cache)
             return _gpu(weights, context, ram, kv_cache, vram)
-        except OutOfDeviceMemory as e:
+        except MossError as e:
             if device == "cuda" or vram is not None:
                 raise MossError(f"device cuda: {e}") from None
             print(f"moss-jt: using the CPU: {e}", file=sys.stderr)
