@@ -42,6 +42,8 @@ def _converted(folder: Path, config: Config) -> dict:
     try:
         weights = open_weights(folder)
         coding = weights.coding.to_dict()
+        if coding["dtype"] != "fp16":
+            coding.update(group_size=weights.coding.group, act_order=weights.coding.ordered)
         held = {name: [asdict(t) for t in region.tensors] for name, region in weights.regions.items()}
     except MossError as e:
         wrong = [str(e)]

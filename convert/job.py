@@ -64,6 +64,11 @@ class Job:
         """Whether the folder is there already, made from the same source."""
         return self.keep_record and _read_record(self.dst / RECORD) == self.record
 
+    @property
+    def begun(self) -> bool:
+        """Whether it was begun from the same source, and stopped."""
+        return _read_record(self.partial / RECORD) == self.record
+
     def check(self) -> None:
         """Raises MossError where the folder cannot be written: it exists, or there is no room."""
         if os.path.lexists(self.dst):

@@ -257,3 +257,14 @@ def read(fd: int) -> bytes:
         return os.read(fd, 4096)
     except OSError:  # Linux: the other side was closed
         return b""
+
+
+def test_going_on_with_other_settings_does_not_say_that_it_goes_on(tmp_path, src, run):
+    args = ["convert", "weights", src, tmp_path / "dst", "--dtype", "int4"]
+    partial = tmp_path / "dst.partial"
+    partial.mkdir()
+    (partial / "convert.json").write_text('{"format": 3}')
+    code, stdout, stderr = run(*args)
+    assert (
+        code == 1 and stdout == "" and stderr.startswith(f"moss-jt: {partial}: begun from another source") and partial.exists()
+    )

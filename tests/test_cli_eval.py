@@ -102,6 +102,7 @@ def test_compare(run, folder):
     assert place["reference"]["id"] != place["other"]["id"] and place["line"] in (1, 2, 3) and place["before"]
     code, stdout, _ = run("compare", "a", "b", "data.jsonl")
     assert code == 0 and f"line {place['line']}, token {place['position']}, after" in stdout
+    assert stdout.startswith("reference         a\nother             b\n")
     assert f"{found['mean_kl']:.4g} nats" in stdout and f"{found['agreement']:.4%}" in stdout
 
 

@@ -104,7 +104,7 @@ def _do(job: Job, dry_run: bool, afterwards: str) -> None:
         job.check()
         _print_plan(job)
         return
-    if job.partial.exists():
+    if job.begun:
         click.echo(f"{job.partial}: going on, {len(job.remaining)} of {_count(job)} are left", err=True)
     with progress.of_bytes("written") as advance:
         job.run(advance)

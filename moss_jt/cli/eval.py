@@ -161,6 +161,8 @@ def _score_lines(score: Score) -> list[tuple[str, str]]:
 def _comparison_lines(found: Comparison, result: dict) -> list[tuple[str, str]]:
     scores = (found.reference, found.other)
     return [
+        ("reference", result["reference"]),
+        ("other", result["other"]),
         _dialogues(result),
         ("answer tokens", f"{found.other.tokens:,}"),
         ("agreement", f"{found.agreement:.4%} of the likeliest tokens, {found.other.tokens - found.agreed} differ"),

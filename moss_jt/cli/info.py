@@ -79,6 +79,8 @@ def _summary(found: dict) -> Table:
 def _kind(found: dict) -> str:
     if found["kind"] == "converted":
         dtypes = [found["dtype"], f"lm_head in {found['head_dtype']}"] if found["dtype"] else []
+        if found["dtype"] in ("int8", "int4"):
+            dtypes += [f"groups of {found['group_size']}", *(["act-order"] if found["act_order"] else [])]
         return ", ".join(["converted", f"format {found['format']}", *dtypes])
     dtypes = ", ".join(f"{n} tensors {dtype}" for dtype, n in found["dtypes"].items())
     if gptq := found.get("gptq"):
