@@ -186,7 +186,6 @@ def draw(found: dict) -> None:
         table.add_column(column, justify="left" if not column else "right")
     for name in CODINGS:
         if "why_not" in found[name]:
-            table.add_row(name, found[name]["why_not"])
             continue
         for kind, wanted in zip(("decode", "prefill"), WANTED[name]):
             row = found[name][kind]
@@ -195,12 +194,13 @@ def draw(found: dict) -> None:
             speed = sorted(row["tokens_s"])[len(row["tokens_s"]) // 2]
             table.add_row(f"{name} {kind}", f"{speed:,.1f}", limit, f"{row['share']:.1%}", f"{wanted:.0%}")
     peer = found["peer"]
-    if "why_not" in peer:
-        table.add_row("transformers", peer["why_not"])
-    else:
+    if "why_not" not in peer:
         for kind in ("decode", "prefill"):
             table.add_row(f"transformers {kind}", f"{peer[kind]:,.1f}", "", "", "")
     Console().print(table)
+    for name in (*CODINGS, "peer"):
+        if "why_not" in found[name]:
+            print(f"{name}: not measured: {found[name]['why_not']}")
     for name, result in found["tests"].items():
         print(f"{'ok  ' if not result['code'] else 'FAIL'} {name}: {result['summary']}")
 
