@@ -12,7 +12,7 @@ from .. import cudart, ops
 from ..cache import Cache, parts_of
 from ..errors import MossError
 from ..ops.sweep import MOST_LIKELIEST, MOST_ROWS, Space, Sweeps, penalties, source
-from ..runtime import compiling, jittor
+from ..runtime import compiling, float_environment_kept, jittor
 from ..sampling import Likeliest
 from ..swap import CHUNK, Plan
 from ..swap.host import Rows
@@ -68,7 +68,7 @@ class Cuda:
         return DeviceCache(self._context, places, layers, memory, Space(memory[-1].pointer, CHUNK), runs)
 
     def _space_bytes(self, places: int) -> int:
-        with compiling(source()), jittor().flag_scope(use_cuda=1):
+        with float_environment_kept(), compiling(source()), jittor().flag_scope(use_cuda=1):
             return self._sweeps.space_bytes(CHUNK, places)
 
     def _run(self, blocks: list[int], layers: list) -> tuple[list[int], np.ndarray | None]:
