@@ -11,10 +11,11 @@ from ..emulation.build import build, inout, unwritten
 
 WRAPPERS = """
 #include "rows.cuh"
-void rows(const float* x, const int32_t* rows, float* to, int64_t R, int64_t D) { launch_rows(x, rows, to, R, D, 0); }
-void penalise(float* logits, const int32_t* starts, const float* by, const int32_t* ids, int64_t R, int64_t V) {
+// Addresses as numbers are of the host's memory.
+void rows(const float* x, int64_t at, float* to, int64_t R, int64_t D) { launch_rows(x, (const int32_t*)at, to, R, D, 0); }
+void penalise(float* logits, int64_t starts, int64_t by, const int32_t* ids, int64_t R, int64_t V) {
     Penalties p = {};
-    for (int64_t r = 0; r < R; r++) p.start[r + 1] = starts[r + 1], p.by[r] = by[r];
+    for (int64_t r = 0; r < R; r++) p.start[r + 1] = ((int32_t*)starts)[r + 1], p.by[r] = ((float*)by)[r];
     launch_penalise(logits, p, ids, R, V, 0);
 }
 """
@@ -29,7 +30,8 @@ def kernels():
 def test_rows(kernels, rng, rows, D):
     x = rng.standard_normal((17, D)).astype(np.float32)
     to = unwritten((len(rows), D), np.float32)
-    kernels.rows(x, np.array(rows, np.int32), to, len(rows), D)
+    which = np.array(rows, np.int32)
+    kernels.rows(x, which.ctypes.data, to, len(rows), D)
     assert np.array_equal(to.array, x[rows])
 
 
@@ -40,6 +42,7 @@ def test_penalty_gives_the_very_numbers_of_the_sampler(kernels, rng, counts):
     ids = [rng.permutation(V)[:n].astype(np.int32) for n in counts]
     starts = np.cumsum([0, *counts]).astype(np.int32)
     given = inout(logits.copy())
-    kernels.penalise(given, starts, by, np.concatenate([*ids, [0]]).astype(np.int32), R, V)
+    listed = np.concatenate([*ids, [0]]).astype(np.int32)
+    kernels.penalise(given, starts.ctypes.data, by.ctypes.data, listed, R, V)
     for row, before, seen, p in zip(given.array, logits, ids, by):
         assert np.array_equal(row, penalised(before, seen, p))
