@@ -1,7 +1,7 @@
 """Expressions as models write them, evaluated without ever running them as a program, and within bounds.
 
 The grammar is Python's, of which only what is named here is known: numbers, names, ``+ - * / // % ** ^``, calls of known
-functions, and lists as their arguments. ``^`` is the power. The official calculator is Python's, too, so numbers come out alike.
+functions, and lists as their arguments. ``^`` is the power. The official calculator is Python's, too: numbers come out alike.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any, Callable
 LONGEST = 500  # characters of an expression
 MOST_BITS = 32768  # of a whole number: 9864 digits
 
-_FULL_WIDTH = {0xFEE0 + c: c for c in range(0x21, 0x7F)}
-_LIKE_ASCII = _FULL_WIDTH | {
-    ord(c): to for c, to in {"×": "*", "·": "*", "÷": "/", "−": "-", "、": ",", "π": "pi", "²": "^2", "³": "^3", "\u3000": " "}.items()
-}
+_FULL_WIDTH = {0xFEE0 + c: chr(c) for c in range(0x21, 0x7F)}
+_SIGNS = {"×": "*", "·": "*", "÷": "/", "−": "-", "、": ",", "π": "pi", "²": "^2", "³": "^3", "\u3000": " "}
+_LIKE_ASCII = {**_FULL_WIDTH, **str.maketrans(_SIGNS)}
 
 
 class NoResult(Exception):
@@ -104,10 +103,9 @@ def is_number(value: Any) -> bool:
 
 def power(base: Any, exponent: Any) -> Any:
     """``base ** exponent``; OverflowError instead of a whole number that is too large even to compute."""
-    if type(base) is type(exponent) is int and exponent > 0 and abs(base) > 1:
-        # 2 ** (bits - 1) <= |base|
-        if (base.bit_length() - 1) * exponent > MOST_BITS:
-            raise OverflowError
+    whole = type(base) is type(exponent) is int and exponent > 0 and abs(base) > 1
+    if whole and (base.bit_length() - 1) * exponent > MOST_BITS:  # since 2 ** (bits - 1) <= |base|
+        raise OverflowError
     return base**exponent
 
 

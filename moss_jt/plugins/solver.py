@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from contextlib import suppress
 
 from .arithmetic import LONGEST
 from .base import Plugin
@@ -87,7 +88,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
     for stream in (process.stdin, process.stdout):
-        try:
+        with suppress(BrokenPipeError):  # what was not written yet
             stream.close()
-        except BrokenPipeError:  # what was not written yet
-            pass

@@ -1,4 +1,4 @@
-"""Equations and systems of them, by sympy. Runs in a process of its own, see ``solver``: nothing bounds sympy's time from inside.
+"""Equations and systems of them, by sympy, in a process of its own (see ``solver``): nothing bounds sympy's time from inside.
 
 sympy's own parser is never used, since it evaluates what it is given.
 """
@@ -109,14 +109,18 @@ def _lines(equations: list[sympy.Expr], wanted: list[sympy.Symbol]) -> list[str]
     # One equation may have parameters beside its unknowns; a system is solved for all that it has.
     unknowns = asked if len(equations) == 1 else free
     found = _solutions(equations, unknowns)
-    parameters = set(free) - set(unknowns)
-    whole = all(set(s) == set(unknowns) and all(v.free_symbols <= parameters and v.is_finite is not False for v in s.values()) for s in found)
-    if not found or not whole:
+    if not found or not all(_is_solution(s, unknowns, set(free) - set(unknowns)) for s in found):
         raise NoResult
     if len(found) == 1:
         return [f"{symbol} = {_shown(found[0][symbol])}" for symbol in asked]
     lines = [f"{symbol}_{i} = {_shown(s[symbol])}" for i, s in enumerate(found[:_MOST_SOLUTIONS]) for symbol in asked]
     return lines + ([f"and {len(found) - _MOST_SOLUTIONS} more solutions"] if len(found) > _MOST_SOLUTIONS else [])
+
+
+def _is_solution(found: dict, unknowns: list[sympy.Symbol], parameters: set[sympy.Symbol]) -> bool:
+    """Whether it says of each unknown what it is."""
+    values = found.values()
+    return found.keys() == set(unknowns) and all(v.free_symbols <= parameters and v.is_finite is not False for v in values)
 
 
 def _solutions(equations: list[sympy.Expr], unknowns: list[sympy.Symbol]) -> list[dict]:
@@ -140,8 +144,9 @@ def _either(number: Any, symbolic: Any) -> Any:
     return lambda *args: (number if all(map(is_number, args)) else symbolic)(*args)
 
 
+_IN_BOTH = ("sqrt", "exp", "log", "sin", "cos", "tan", "asin", "acos", "atan")
 _FUNCTIONS = {
-    **{name: _either(getattr(math, name), getattr(sympy, name)) for name in "sqrt exp log sin cos tan asin acos atan".split()},
+    **{name: _either(getattr(math, name), getattr(sympy, name)) for name in _IN_BOTH},
     "ln": _either(math.log, sympy.log),
     "abs": _either(abs, sympy.Abs),
     "pow": power,
