@@ -126,8 +126,14 @@ def _is_solution(found: dict, unknowns: list[sympy.Symbol], parameters: set[symp
 def _solutions(equations: list[sympy.Expr], unknowns: list[sympy.Symbol]) -> list[dict]:
     if any(equation.has(sympy.zoo, sympy.nan, sympy.oo) for equation in equations):
         raise NoResult
+    if len(equations) > 1:
+        return sympy.solve(equations, unknowns, dict=True)
     # As a system, a single equation would silently lose the roots that have no radicals.
-    return sympy.solve(equations if len(equations) > 1 else equations[0], unknowns, dict=True)
+    found = sympy.solve(equations[0], unknowns, dict=True)
+    rootless = {value.poly for s in found for value in s.values() if isinstance(value, sympy.CRootOf)}
+    exact = [s for s in found if not any(isinstance(value, sympy.CRootOf) for value in s.values())]
+    # Their decimals are found faster all together.
+    return exact + [{unknowns[0]: root} for poly in sorted(rootless, key=str) for root in poly.nroots()]
 
 
 def _shown(value: sympy.Expr) -> str:
