@@ -100,12 +100,11 @@ def test_what_people_see(tmp_path, info):
     assert "block-02" not in stdout and "\x1b" not in stdout
 
 
+CALCULATOR = "- Calculator: enabled. API: Calculate(expression)\n"
+
+
 @pytest.mark.parametrize(
-    ("text", "plugins"),
-    [
-        ("Hi.\n", []),
-        ("Hi.\n- Calculator: enabled. API: Calculate(expression)\n- Equation solver: enabled.\n", ["calculator", "solver"]),
-    ],
+    ("text", "plugins"), [("Hi.\n", []), (f"Hi.\n{CALCULATOR}- Equation solver: enabled.\n", ["calculator", "solver"])]
 )
 def test_a_system_text_of_its_own(tmp_path, info, text, plugins):
     src = write_official(tmp_path / "src", CONFIG, STATE)

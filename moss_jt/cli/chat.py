@@ -26,6 +26,7 @@ def command(
     model: str,
     system: str | None,
     plugins: list[Plugin] | None,
+    no_plugins: bool,
     context: int,
     kv_cache: str,
     vram: int | None,
@@ -39,6 +40,7 @@ def command(
     if sys.stdin is None:
         raise MossError("standard input is closed, so there is no message to answer")
     check_options(settings)
+    plugins = [] if no_plugins else plugins
     system = None if system is None else system_text(system)
     moss = load_model(model, device, context, ram, kv_cache, vram)
     session = Session(moss, system, saved, settings, stats, plugins)

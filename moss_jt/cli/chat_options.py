@@ -50,7 +50,7 @@ TEXT = _Text()
 
 
 class _Plugins(click.ParamType):
-    """Names of plugins, or off."""
+    """Names of plugins, a comma between them."""
 
     name = "names"
 
@@ -58,7 +58,7 @@ class _Plugins(click.ParamType):
         if not isinstance(value, str):
             return value
         try:
-            return [] if value == "off" else built_in(value)
+            return built_in(value)
         except MossError as e:
             self.fail(str(e), param, ctx)
 
@@ -72,9 +72,7 @@ def shared_options(command: Callable) -> Callable:
         click.option("-m", "--model", required=True, metavar="DIR", help="Folder of a converted checkpoint."),
         click.option("--system", type=TEXT, metavar="TEXT|@FILE", help="In place of MOSS's meta instruction."),
         click.option("--plugins", metavar="NAMES", type=PLUGINS, help="What MOSS may call, such as calculator,solver."),
-        click.option(
-            "--no-plugins", "plugins", flag_value=(), type=click.UNPROCESSED, help="Nothing, whatever the system text enables."
-        ),
+        click.option("--no-plugins", is_flag=True, help="MOSS may call nothing, whatever the system text enables."),
         *(_option(name, setting) for name, setting in SETTINGS.items()),
         machine_options,
     ]

@@ -28,6 +28,7 @@ def command(
     model: str,
     system: str | None,
     plugins: list[Plugin] | None,
+    no_plugins: bool,
     context: int,
     kv_cache: str,
     vram: int | None,
@@ -43,6 +44,7 @@ def command(
         if raw and value is not None:
             raise click.UsageError(f"{option} belongs to the dialogue format, which --raw leaves out")
     check_options(settings)
+    plugins = [] if no_plugins else plugins
     system = None if system is None else system_text(system)
     text = _read_prompt(prompt)
     text = text if raw else text.strip()
