@@ -19,7 +19,7 @@ from moss_jt.errors import MossError
 from moss_jt.generate import Piece, Stats
 
 SPECIALS = ("<|endoftext|>", "<eoh>", "<eom>", "<eot>", "<eoc>", "<eor>")
-ENDS = (256 + SPECIALS.index("<eom>"), 256 + SPECIALS.index("<eoc>"))
+ENDS = {256 + SPECIALS.index(end) for end in ("<|endoftext|>", "<eom>", "<eoc>")}
 
 
 def runner() -> CliRunner:

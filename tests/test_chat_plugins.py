@@ -86,6 +86,7 @@ def test_nothing_is_evaluated_twice():
         (" None<eot>\n<|Commands|>: None<eoc>", " None<eot>\n<|Commands|>: None<eoc>\n<|Results|>: None<eor>\n"),
         (" hm", " hm<eot>\n<|Commands|>: None<eoc>\n<|Results|>: None<eor>\n"),
         ("", "<eot>\n<|Commands|>: None<eoc>\n<|Results|>: None<eor>\n"),
+        (" hm<|endoftext|>", " hm<eot>\n<|Commands|>: None<eoc>\n<|Results|>: None<eor>\n"),
         (" hm<eot>", " hm<eot><|Commands|>: None<eoc>\n<|Results|>: None<eor>\n"),
         (" hm<eot>\n", " hm<eot>\n<|Commands|>: None<eoc>\n<|Results|>: None<eor>\n"),
         (" hm<eoc>", " hm<eot>\n<|Commands|>: None<eoc>\n<|Results|>: None<eor>\n"),
