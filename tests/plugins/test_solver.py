@@ -127,6 +127,22 @@ def test_its_process_is_started_when_needed_and_ends_with_it():
     assert process.poll() is not None
 
 
+def test_interrupted_it_ends_its_process(monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    solver = Solver()
+    assert solver.run("x=1") == "x = 1"
+    process = solver._process
+    with monkeypatch.context() as m:
+        m.setattr("moss_jt.plugins.solver._line", interrupted)
+        for _ in range(2):  # while it solves, and while it starts
+            with pytest.raises(KeyboardInterrupt):
+                solver.run("x=2")
+            assert process.poll() is not None
+    assert solver.run("x=3") == "x = 3"
+
+
 def test_without_sympy(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert Solver().run("x=1") == "No result: the equation solver needs sympy, which is not installed."
