@@ -66,6 +66,11 @@ def test_roots_without_a_formula_are_not_lost():
     assert lines[:2] == ["x_0 = 1", "x_1 = 1.13299756588507"] and len(lines) == 6
 
 
+@pytest.mark.parametrize("system", ["x^6-x^5+x^3+x^2+3x+1=0;y=x", "(x-1)*(x^5+x-3)=0;y=2x", "0.5x^5+0.5x=1.5;y=x"])
+def test_a_system_without_a_formula_for_some_solutions_has_no_result(system):
+    assert solve(system) == "No result: not all solutions have a formula."
+
+
 def test_many_solutions_are_cut():
     lines = solve("x^30=1").splitlines()
     assert len(lines) == 21 and lines[-1] == "and 10 more solutions"
@@ -81,6 +86,7 @@ def test_many_solutions_are_cut():
         "x+y=3",
         "a=b=c",
         "x>3",
+        "x^2=4;x>0",
         "x/0=1",
         "1e400*x=1",
         "x=1;x.y=2",
