@@ -48,6 +48,7 @@ setup(
         "tokenizers>=0.15",
         "sentencepiece>=0.1.99",
         "huggingface_hub>=0.23",
+        "sympy>=1.12",
     ],
     extras_require={"test": test, "parity": parity, "cuda12": cuda12, "cuda13": cuda13},
     entry_points={"console_scripts": ["moss-jt = moss_jt.cli:main"]},

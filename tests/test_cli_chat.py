@@ -171,6 +171,64 @@ def test_mistakes_are_one_line_and_end_a_pipe(moss, line, said):
     assert not moss.prompts
 
 
+# -- plugins --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calculating(moss):
+    """Divides where it may."""
+    moss.thinks = lambda question: ' divide<eot>\n<|Commands|>: Calculate("60/6"), Solve("x+y=3;x-y=1")<eoc>'
+    return moss
+
+
+def test_answers_on_stdout_and_commands_beside_them(calculating):
+    result = run("one\n/retry\n", "--plugins", "calculator,solver")
+    assert result.stdout == "You said: one\n" * 2
+    assert result.stderr == 'Calculate("60/6") → 10.0\nSolve("x+y=3;x-y=1") → x = 2, y = 1\n' * 2
+
+
+def test_which_plugins(calculating):
+    on = "- Calculator: enabled. API: Calculate(expression)\n"
+    calculating.meta_instruction = f"Hi.\n{on}"
+    seen = []
+    calculating.answer = lambda question: seen.append("Calculate(" in run_before(calculating)) or " ok"
+    answers("a\n/plugins off\nb\n/system Brief.\nc\n/plugins calculator\nd\n/system default\ne\n/plugins default\nf\n")
+    answers("g\n", "--no-plugins")
+    answers("h\n", "--system", "Brief.")
+    answers("i\n", "--system", f"Brief.\n{on}")
+    assert seen == [True, False, False, True, True, True, False, False, True]
+    shown = run("/plugins\n").stderr
+    assert re.search(r"calculator +Calculate\(expression\) +on\n +solver +Solve\(equation\) +off\n", shown)
+
+
+def run_before(moss) -> str:
+    """What came between the last question and its answer."""
+    return moss.tokenizer.decode(moss.prompts[-1]).rsplit("<eoh>", 1)[1]
+
+
+def test_plugins_of_a_saved_conversation(calculating, tmp_path):
+    file = tmp_path / "talk.json"
+    answers(f"one\n/save {file}\n", "--plugins", "calculator")
+    answers("two\n", "--load", str(file))
+    assert "Calculate(" in run_before(calculating)
+    answers(f"/load {file}\ntwo\n", "--no-plugins")
+    assert "Calculate(" not in run_before(calculating) and "Calculate(" in calculating.tokenizer.decode(calculating.prompts[-1])
+
+
+def test_no_such_plugin(moss):
+    result = run("", "--plugins", "search")
+    assert result.exit_code == 2 and "no plugin search; there are calculator, solver" in result.stderr
+    assert str(run("/plugins search\n").exception) == "no plugin search; there are calculator, solver"
+
+
+def test_long_results_are_short_on_the_terminal(capsys):
+    ui.ran('Calculate("9^999")', f"'{9**999}'")
+    assert len(capsys.readouterr().err) < 240
+
+
+# -- settings -------------------------------------------------------------------------------------------------------------
+
+
 def test_a_wrong_setting_leaves_the_old_one(moss):
     session = cli.Session(moss, None, None, {"temperature": 0.7, "seed": None}, False)
     for bad in ("temperature 0", "temperature x", "seed -1"):

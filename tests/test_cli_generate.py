@@ -176,3 +176,14 @@ def test_the_guide_names_every_option_and_command():
     assert [row for row in rows if row not in guide] == []
     defaults = {s.default for s in SETTINGS.values() if s.default and s.default is not True}
     assert all(f"| {value} |" in guide for value in defaults)
+
+
+def test_plugins(moss):
+    moss.thinks = lambda question: ' divide<eot>\n<|Commands|>: Calculate("60/6")<eoc>'
+    result = run("how many?", "--plugins", "calculator")
+    assert (result.stdout, result.stderr) == ("You said: how many?\n", 'Calculate("60/6") → 10.0\n')
+    found = json.loads(run("how many?", "--plugins", "calculator", "--json").stdout)
+    assert found["text"] == "You said: how many?"
+    written = moss.thinks("") + " You said: how many?<eom>"
+    assert found["ids"] == moss.tokenizer.encode(written) and found["new_tokens"] == len(found["ids"])
+    assert "--plugins belongs to the dialogue format" in run("--raw", "x", "--plugins", "solver", ok=False).stderr
