@@ -77,6 +77,7 @@ def _prefill(found: dict) -> Iterator[tuple[str, str]]:
 
 def _swap(found: dict) -> Iterator[tuple[str, str]]:
     yield "tokens/s", plus_minus(found["tokens_s"])
+    yield "the plan expects, of this disk and memory", f"{found['predicted_tokens_s']:.3g}"
     yield "from the disk for a token", size(found["bytes_per_token"])
     yield from _compared(found)
     yield f"most memory used, of {gib(found['budget_bytes'])}", gib(found["peak_memory_bytes"])
