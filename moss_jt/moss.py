@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from .model import Model
 from .plugins import Plugin
 from .sampling import Sampling
 from .stopping import Stop
+from .swap import Plan
 from .tokenizer import load_tokenizer
 from .weights import open_weights
 
@@ -29,6 +31,7 @@ def load(
     kv_cache: str = "fp16",
     vram: str | int | None = None,
     swap: str = "auto",
+    planned: Callable[[Plan], object] | None = None,
 ) -> Moss:
     """Open a converted checkpoint for use.
 
@@ -37,7 +40,8 @@ def load(
     do not fit are read from disk for every sweep; None: what is available less a margin. kv_cache: ``"fp16"`` or ``"int8"``, in
     what the keys and values of tokens are kept. vram: the most of a GPU's memory, besides what CUDA itself takes there; weights
     that do not fit wait in RAM, or on disk; None: what is free less a margin. swap: what becomes of those: ``"stream"``: they
-    are brought for every sweep; ``"host"``: the CPU computes with them; ``"auto"``: what is faster, sweep by sweep.
+    are brought for every sweep; ``"host"``: the CPU computes with them; ``"auto"``: what is faster, sweep by sweep. planned: is
+    called with the plan, what lives where, before weights are brought anywhere.
 
     Raises MossError where the folder, the device, a budget or this machine's setup is at fault. The first call on a machine
     compiles for minutes, and says so on stderr.
@@ -47,7 +51,7 @@ def load(
     weights = open_weights(folder)
     tokenizer = load_tokenizer(folder)
     context = min(context, weights.config.n_ctx)
-    on = open_device(weights, context, ram, kv_cache, device, vram, swap)
+    on = open_device(weights, context, ram, kv_cache, device, vram, swap, planned)
     return Moss(Model(weights, context, kv_cache=kv_cache, device=on), tokenizer, read_meta_instruction(folder))
 
 

@@ -12,7 +12,7 @@ import pytest
 import moss_jt
 from moss_jt.chat import META_INSTRUCTION
 from moss_jt.cli import chat as cli
-from moss_jt.cli import ui
+from moss_jt.cli import plan, ui
 from moss_jt.cli.chat_commands import COMMANDS, parse
 from moss_jt.cli.chat_input import Lines
 from moss_jt.errors import MossError
@@ -250,6 +250,22 @@ def test_stats(moss):
     assert f"prefill {len(moss.prompts[0])} tokens + 0 cached, 0.01 s, " in once
     assert f"decode {tokens} tokens, {(tokens - 1) / 100:.2f} s, 100.0 tokens/s\n  KV cache 12.3 MB in int8; memory " in once
     assert "No answer yet" in run("/stats\n").stderr or moss.prompts
+
+
+def test_stats_begin_with_the_plan(moss, monkeypatch):
+    """Before anything is loaded."""
+    told = []
+    monkeypatch.setattr(plan, "in_short", lambda folder, planned: [f"  plan of {planned} in {folder}"])
+
+    def load(folder, planned, **options):
+        told.append(planned)
+        if planned:
+            planned("a model")
+        raise MossError("not loaded")
+
+    monkeypatch.setattr(moss_jt, "load", load)
+    assert run("one\n", "--stats").stderr == "  plan of a model in folder\n"
+    assert run("one\n").stderr == "" and told[1] is None
 
 
 def test_what_was_cut_off_is_said(moss):

@@ -21,7 +21,7 @@ from .chat_options import check_options, load_model, shared_options, system_text
 @click.command("chat")
 @shared_options
 @click.option("--load", "saved", metavar="FILE", help="Go on with a conversation that /save wrote.")
-@click.option("--stats", is_flag=True, help="Show speeds and memory after each answer.")
+@click.option("--stats", is_flag=True, help="Show the plan, and speeds and memory after each answer.")
 def command(
     model: str,
     system: str | None,
@@ -43,7 +43,7 @@ def command(
     check_options(settings)
     plugins = [] if no_plugins else plugins
     system = None if system is None else system_text(system)
-    moss = load_model(model, device, context, ram, kv_cache, vram, swap)
+    moss = load_model(model, device, context, ram, kv_cache, vram, swap, stats)
     session = Session(moss, system, saved, settings, stats, plugins)
     if session.interactive:
         ui.note(f"MOSS · {Path(model).resolve().name} · context {moss.context}")

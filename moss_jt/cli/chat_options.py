@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
@@ -113,15 +114,33 @@ def check_options(settings: dict[str, Any]) -> None:
         raise click.UsageError(str(e)) from None
 
 
-def load_model(folder: str, device: str, context: int, ram: int | None, kv_cache: str, vram: int | None, swap: str) -> Any:
-    """The model in ``folder``; at a terminal, a line says what is being waited for. Raises MossError."""
+def load_model(
+    folder: str,
+    device: str,
+    context: int,
+    ram: int | None,
+    kv_cache: str,
+    vram: int | None,
+    swap: str,
+    stats: bool = False,
+) -> Any:
+    """The model in ``folder``; at a terminal, a line says what is being waited for; with ``stats``, lines say what will live
+    where, before it is brought there. Raises MossError."""
     from .. import load
 
     if sys.stdout is None:
         raise MossError("stdout is closed, so there is nowhere to print an answer")
     if ui.is_terminal(sys.stderr):
         ui.note(f"Loading {folder} …")
-    return load(folder, device=device, context=context, ram=ram, kv_cache=kv_cache, vram=vram, swap=swap)
+    budgets = {"context": context, "ram": ram, "kv_cache": kv_cache, "vram": vram, "swap": swap}
+    return load(folder, device=device, planned=partial(_tell, Path(folder)) if stats else None, **budgets)
+
+
+def _tell(folder: Path, plan: Any) -> None:
+    from .plan import in_short
+
+    for line in in_short(folder, plan):
+        ui.note(line)
 
 
 def system_text(text: str) -> str:

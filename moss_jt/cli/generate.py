@@ -22,6 +22,7 @@ from .chat_options import TEXT, as_utf8, check_options, load_model, shared_optio
 @click.option(
     "--stop", type=TEXT, multiple=True, metavar="TEXT", help="Also stop at this text, which is not shown. Repeatable."
 )
+@click.option("--stats", is_flag=True, help="Show the plan, and speeds and memory after the answer.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end: text, ids, counts, speeds.")
 def command(
     prompt: str | None,
@@ -37,6 +38,7 @@ def command(
     device: str,
     raw: bool,
     stop: tuple[str, ...],
+    stats: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -51,7 +53,7 @@ def command(
     text = text if raw else text.strip()
     if not text:
         raise MossError("the prompt is empty")
-    moss = load_model(model, device, context, ram, kv_cache, vram, swap)
+    moss = load_model(model, device, context, ram, kv_cache, vram, swap, stats)
     settings["stop"] = _stops(moss, stop)
     pieces = moss.generate(text, **settings) if raw else moss.chat(system, plugins).send(text, told=ui.ran, **settings)
     with closing(pieces):
@@ -59,6 +61,8 @@ def command(
             _print_json(moss, pieces)
         else:
             ui.answer(pieces)
+    if stats:
+        ui.stats(moss)
 
 
 def _read_prompt(prompt: str | None) -> str:
