@@ -23,6 +23,10 @@ _TO_DEVICE, _TO_HOST, _ON_DEVICE = 1, 2, 3  # enum cudaMemcpyKind
 _MAPPED = 2  # cudaHostAllocMapped: kernels can read it, too
 _NON_BLOCKING, _NO_TIMING = 1, 2
 _OUT_OF_MEMORY = 2
+_GLOBAL = 1  # cudaMemAttachGlobal
+_PREFERRED_LOCATION, _ACCESSED_BY = 3, 5  # enum cudaMemoryAdvise
+_AT_DEVICE, _AT_HOST = 1, 2  # enum cudaMemLocationType
+_CONCURRENT_MANAGED_ACCESS = 89  # enum cudaDeviceAttr
 
 
 class OutOfDeviceMemory(MossError):
@@ -37,6 +41,61 @@ class Memory:
         _call("cudaMalloc", byref(pointer), c_size_t(max(1, nbytes)))
         self.pointer, self.nbytes = pointer.value, nbytes
         self.free = weakref.finalize(self, _quietly, "cudaFree", pointer)
+
+
+class Managed:
+    """``nbytes`` that the host and the device have at one address, ``pointer``, and the host as ``bytes``, uint8 (nbytes,).
+
+    They are in RAM, and the device reads them over the link, until they are moved. Where the driver cannot move pages ahead of
+    their use, as on Windows' and WSL's, it moves all of them whenever it sees fit, and the host must not touch them while the
+    device is busy.
+    """
+
+    def __init__(self, nbytes: int):
+        pointer = c_void_p()
+        _call("cudaMallocManaged", byref(pointer), c_size_t(max(1, nbytes)), c_uint(_GLOBAL))
+        self.pointer, self.nbytes = pointer.value, nbytes
+        self.bytes = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(self.pointer), np.uint8)
+        self.free = weakref.finalize(self, _quietly, "cudaFree", pointer)
+        if _moves_pages():
+            for advice, on_device in ((_PREFERRED_LOCATION, False), (_ACCESSED_BY, True)):
+                _call("cudaMemAdvise", pointer, c_size_t(nbytes), c_int(advice), _location(on_device))
+
+    def move(self, to_device: bool, stream: Stream) -> None:
+        """Begin to bring it to the device, or back."""
+        if _moves_pages():
+            flags = () if _version() < 13000 else (c_uint(0),)
+            where = _location(to_device)
+            _call("cudaMemPrefetchAsync", c_void_p(self.pointer), c_size_t(self.nbytes), where, *flags, stream.handle)
+
+
+class _Location(ctypes.Structure):
+    """struct cudaMemLocation, with which CUDA 13 says where memory is; before, it was the device's number, or -1."""
+
+    _fields_ = (("type", c_int), ("id", c_int))
+
+
+def _location(on_device: bool) -> _Location | c_int:
+    device = c_int()
+    _call("cudaGetDevice", byref(device))
+    if _version() >= 13000:
+        return _Location(_AT_DEVICE, device.value) if on_device else _Location(_AT_HOST, 0)
+    return device if on_device else c_int(-1)
+
+
+@cache
+def _version() -> int:
+    found = c_int()
+    _call("cudaRuntimeGetVersion", byref(found))
+    return found.value
+
+
+@cache
+def _moves_pages() -> bool:
+    device, found = c_int(), c_int()
+    _call("cudaGetDevice", byref(device))
+    _call("cudaDeviceGetAttribute", byref(found), c_int(_CONCURRENT_MANAGED_ACCESS), device)
+    return bool(found.value)
 
 
 class Stream:

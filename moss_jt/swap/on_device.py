@@ -20,7 +20,7 @@ from ..weights import Weights
 from ..weights.store import arrays
 from .host import as_vars
 from .parts import Part
-from .plan import Plan
+from .plan import Plan, in_mib
 from .reader import Worker
 from .ring import Ring
 from .sources import Source, sources
@@ -46,17 +46,21 @@ class OnDevice:
         self.from_disk = _beyond(others, pinned - plan.host_memory)
         loader = _Loader(max(s.part.room for s in (*found.values(), *streamed.values())))
         self._resident = {item: loader.to_device(source) for item, source in found.items()}
-        waiting = {item: loader.to_pinned(s) for item, s in streamed.items() if item not in self.from_disk}
+        unified = plan.swap == "unified"
+        if unified:
+            _check_unified(sum(s.part.room for s in streamed.values()), len(self.from_disk))
+        load = loader.to_managed if unified else loader.to_pinned
+        waiting = {item: load(s) for item, s in streamed.items() if item not in self.from_disk}
         loader.finish()
         self._sources = {**found, **streamed}
         self._on_host = {i: as_vars(arrays(waiting[i], streamed[i].part.spans[0].tensors)) for i in self._host}
         self._waiting = waiting  # Vars do not keep their memory
         self._ring = None
         if plan.streams:
-            disk = {item: streamed[item] for item in self.from_disk}
-            link = _Link(waiting, disk)
-            self.close = weakref.finalize(self, link.close)
-            self._ring = Ring([_Slot(plan.slot) for _ in range(plan.slots)], link)
+            carrier = _Pages(waiting) if unified else _Link(waiting, {item: streamed[item] for item in self.from_disk})
+            slots = [_Turn() if unified else _Slot(plan.slot) for _ in range(plan.slots)]
+            self.close = weakref.finalize(self, carrier.close)
+            self._ring = Ring(slots, carrier)
             self.expect(head=True)
 
     @property
@@ -97,7 +101,7 @@ class OnDevice:
             yield self._resident[item].pointer
         else:
             with self._ring.lend(item) as slot:
-                yield slot.memory.pointer
+                yield slot.pointer
 
 
 def addresses(part: Part, base: int) -> dict[str, int]:
@@ -138,12 +142,32 @@ def _beyond(streamed: dict[Hashable, Source], pinned: int) -> set[Hashable]:
     return {item for k, item in enumerate(items) if k not in kept}
 
 
-class _Slot:
-    """Memory that streamed parts take turns in. ``free``: when every use before is over; ``filled``: when the copy is there."""
+def _check_unified(nbytes: int, beyond: int) -> None:
+    """Raises OutOfDeviceMemory where the device cannot hold all at once: asked for more than there is, a driver may hang. And
+    where the RAM cannot: ``beyond`` parts."""
+    free = cudart.memory_info()[0]
+    if beyond or nbytes > free:
+        raise cudart.OutOfDeviceMemory(
+            f"unified memory of {in_mib(nbytes)}, for what does not fit the budget, is more than the "
+            f"{'RAM that can be used' if beyond else in_mib(free) + ' that are free on the device'}: take swap auto or stream"
+        )
+
+
+class _Turn:
+    """What streamed parts take turns in. ``pointer``: where the part is. ``free``: when every use before is over; ``filled``:
+    when it is there."""
+
+    def __init__(self):
+        self.free, self.filled = cudart.Event(), cudart.Event()
+
+
+class _Slot(_Turn):
+    """Memory that they are copied into."""
 
     def __init__(self, nbytes: int):
+        super().__init__()
         self.memory = cudart.Memory(nbytes)
-        self.free, self.filled = cudart.Event(), cudart.Event()
+        self.pointer = self.memory.pointer
 
 
 class _Link:
@@ -189,6 +213,31 @@ class _Link:
         slot.filled.record(self._stream)
 
 
+class _Pages:
+    """The carrier where parts are in memory that is the host's and the device's at once: their pages are moved there ahead of
+    their use, and back after it, so that no more than the turns hold is on the device."""
+
+    def __init__(self, waiting: dict[Hashable, cudart.Managed]):
+        self._waiting, self._stream = waiting, cudart.Stream()
+        self._in_turn: dict[int, Hashable] = {}
+
+    def start(self, turn: _Turn, item: Hashable) -> _Arrival:
+        self._stream.wait(turn.free)
+        before, self._in_turn[id(turn)] = self._in_turn.get(id(turn)), item
+        if before not in (None, item):
+            self._waiting[before].move(False, self._stream)
+        self._waiting[item].move(True, self._stream)
+        turn.pointer = self._waiting[item].pointer
+        turn.filled.record(self._stream)
+        return _Arrival(turn, None)
+
+    def release(self, turn: _Turn) -> None:
+        turn.free.record()
+
+    def close(self) -> None:
+        self._stream.synchronize()
+
+
 class _Arrival:
     """A copy into a slot that is on its way, or waits for the disk."""
 
@@ -225,6 +274,15 @@ class _Loader:
     def to_pinned(self, source: Source) -> np.ndarray:
         memory = cudart.pinned(source.part.room)
         source.fetch(memory)
+        return memory
+
+    def to_managed(self, source: Source) -> cudart.Managed:
+        """Read elsewhere first: direct I/O may refuse such pages."""
+        memory = cudart.Managed(source.part.room)
+        staged, _ = self._halves[0]
+        cudart.synchronize()
+        source.fetch(staged)
+        memory.bytes[:] = staged[: source.part.room]
         return memory
 
     def finish(self) -> None:

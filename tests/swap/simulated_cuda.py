@@ -77,7 +77,25 @@ class Simulated:
             def synchronize(self) -> None:
                 outer._until(self.ticket().passed)
 
-        self.Memory, self.Stream, self.Event = Memory, Stream, Event
+        class Managed(Memory):
+            """A kernel always finds it right, wherever it is."""
+
+            def __init__(self, nbytes: int):
+                super().__init__(nbytes)
+                self.bytes = outer.memory[self.pointer : self.pointer + nbytes]
+                outer.written[self.pointer : self.pointer + nbytes] = 1
+                outer.managed += nbytes
+
+            def move(self, to_device: bool, stream) -> None:
+                def step() -> bool:
+                    (outer.on_device.add if to_device else outer.on_device.discard)(self)
+                    outer.most_on_device = max(outer.most_on_device, sum(m.nbytes for m in outer.on_device))
+                    return True
+
+                outer._put(stream, step)
+
+        self.managed, self.on_device, self.most_on_device = 0, set(), 0
+        self.Memory, self.Managed, self.Stream, self.Event = Memory, Managed, Stream, Event
 
     def pinned(self, nbytes: int) -> np.ndarray:
         self._pinned.append(np.full(nbytes, 0xEE, np.uint8))

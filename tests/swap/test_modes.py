@@ -54,7 +54,7 @@ def close(ours, exact, kv_cache: str) -> None:
     assert ours.argmax() == best or exact[best] - exact[ours.argmax()] < 0.02 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("swap", ["stream", "host", "auto"])
+@pytest.mark.parametrize("swap", ["stream", "host", "auto", "unified"])
 def test_as_in_float64(kernels, weights, monkeypatch, swap):
     weights, kv_cache = weights
     rng = np.random.default_rng()

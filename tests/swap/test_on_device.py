@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from moss_jt.swap.on_device import OnDevice
 from moss_jt.swap.ring import Ring
 from moss_jt.swap.streamed import Streamed
 
-from . import models
+from . import models, simulated_cuda
 from .simulated_cuda import Simulated
 
 CONTEXT = 24
@@ -164,3 +164,49 @@ def test_a_disk_s_error_is_of_the_sweep_that_needed_it(weights, monkeypatch):
     cuda.synchronize()
     assert not wrong
     lender.close()
+
+
+# ---- unified memory ----------------------------------------------------------------------------------------------------------
+
+
+def unified(weights, monkeypatch, seed: int, share: float, pinned: int, size: int = 64 << 20) -> tuple[Simulated, OnDevice]:
+    cuda, model = Simulated(seed, size), (weights.config, weights.coding, CONTEXT, "fp16", True, "unified")
+    monkeypatch.setattr(on_device, "cudart", cuda)
+    config, coding, context, *how = model
+    least, most = smallest(*model), make_plan(config, coding, context, 1 << 40, *how).peak
+    return cuda, OnDevice(weights, make_plan(config, coding, context, least + int(share * (most - least)), *how), pinned)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30), share=st.sampled_from([0, 0.5, 0.9]), heads=st.lists(st.booleans(), min_size=2, max_size=6)
+)
+def test_pages_that_move(weights, seed, share, heads):
+    """No more of them are on the device at a time than the slots would hold, and those that are computed with always are."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        cuda, lender = unified(weights, monkeypatch, seed, share, 1 << 40)
+        wrong, away = [], []
+        lend = lender._ring.lend
+
+        @contextmanager
+        def lent(item):
+            with lend(item) as turn:
+                cuda.launch(lambda: lender._waiting[item] in cuda.on_device or away.append(item))
+                yield turn
+
+        lender._ring.lend = lent
+        for head in heads:
+            sweep(weights, cuda, lender, head, wrong)
+        cuda.synchronize()
+        room = max(m.nbytes for m in lender._waiting.values())
+        assert not wrong and not away and room < cuda.most_on_device <= 2 * room
+        assert cuda.managed == sum(m.nbytes for m in lender._waiting.values())
+        lender.close()
+
+
+def test_no_more_unified_memory_than_is_free(weights, monkeypatch):
+    cuda, lender = unified(weights, monkeypatch, 0, 0.2, 1 << 40)
+    lender.close()
+    for pinned, size, what in ((1 << 40, cuda.taken - 100_000, "free on the device"), (100_000, 64 << 20, "RAM that can be")):
+        with pytest.raises(simulated_cuda.OutOfDeviceMemory, match=what):
+            unified(weights, monkeypatch, 0, 0.2, pinned, size)
