@@ -223,7 +223,8 @@ def make_plan(
 
     coding: how the weights are stored. context: tokens to keep a cache for; kv_cache: in what, fp16 or int8. swap: what becomes
     of blocks that do not fit a GPU: ``stream``; ``unified``: the same, by moving pages; ``host``: the CPU computes them;
-    ``auto``: it does or they are streamed, sweep by sweep, as ``Plan.settled`` says. ram: the most for those that the CPU computes, None: any; with auto, those beyond are streamed.
+    ``auto``: it does or they are streamed, sweep by sweep, as ``Plan.settled`` says. ram: the most for those that the CPU
+    computes, None: any; with auto, those beyond are streamed.
     Raises MossError where the budget is too small, with the smallest that works and what would make that smaller, and where
     ``host`` needs more RAM.
     """
