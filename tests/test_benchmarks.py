@@ -167,7 +167,8 @@ def test_gptq(tmp_path, monkeypatch, capsys):
 def test_lora(tmp_path, monkeypatch, capsys, budget):
     lora = program("lora")
     monkeypatch.setattr(lora, "moon", lambda blocks: Config(blocks, 256, 4, 512, 8, 64, 24))
-    args = [*"--layers 3 --dtype int4 --rank 2 --tokens 40 --steps 2 --json --dir".split(), tmp_path, *budget]
+    sizes = {"--layers": 3, "--dtype": "int4", "--rank": 2, "--tokens": 40, "--steps": 2, "--dir": tmp_path}
+    args = ["--json", *budget, *(word for option in sizes.items() for word in option)]
     monkeypatch.setattr(sys, "argv", ["lora.py", *map(str, args)])
     lora.main()
     found = json.loads(capsys.readouterr().out)
