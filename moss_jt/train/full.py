@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -10,6 +11,9 @@ import numpy as np
 
 from ..convert.mapping import official_bands, official_shapes, pieces
 from ..convert.view import of_region
+from ..errors import MossError
+from ..machine import memory
+from ..sizes import gib
 from ..weights import Weights
 from . import ops
 from .parameter import Parameter
@@ -72,6 +76,12 @@ class Full:
 
 
 def _read(weights: Weights) -> dict[str, Parameter]:
+    needed = 16 * sum(math.prod(shape) for shape in official_shapes(weights.config).values())
+    if needed > (available := memory().available):
+        raise MossError(
+            f"{weights.folder}: to train all its weights takes {gib(needed)}, for them, their gradients and two moments each, "
+            f"and {gib(available)} are available: train an adapter (LoRA)"
+        )
     found = {}
     for file, those in pieces(weights.config).items():
         ours = of_region(weights.regions[file])

@@ -40,9 +40,11 @@ class Trainee:
         tokens: int | None = None,
     ):
         """``ram``: a budget of this process's memory, in bytes or like ``"6GiB"``, for adapters: frozen blocks that do not fit
-        are read from disk for each batch, once forwards and once backwards; None: what the machine can spare. ``tokens``: of a
-        batch, B·T, that the budget has room for; by default the model's context. ``seed``: of the adapter's first values and of
-        dropout. Raises MossError for quantised weights without ``lora``, and where the budget is too small."""
+        are read from disk for each batch, once forwards and once backwards; None: what the machine can spare. ``tokens``: how
+        many at a time the budget has room for, by default the model's context; larger batches are divided. ``seed``: of the
+        adapter's first values and of dropout. Raises MossError for quantised weights without ``lora``, where memory or the
+        budget is too small, and for a GPU, which nothing here can use.
+        """
         if device == "cuda" or vram is not None:
             raise MossError("training runs on the CPU only; leave the GPU out")
         if lora is None and not weights.coding.is_fp16:
@@ -51,7 +53,7 @@ class Trainee:
             raise MossError("a budget of RAM is for frozen weights; without an adapter (LoRA) all weights are in memory")
         self.config = weights.config
         self._most = (tokens or weights.config.n_ctx) if ram is not None else None
-        self._jt = jittor("cpu" if device == "cpu" else "auto")
+        self._jt = jittor("cpu")
         ops.prepare()
         self.weights = Adapted(weights, lora, ram, self._most or 0, seed) if lora else Full(weights)
         self.parameters = self.weights.parameters
@@ -59,11 +61,11 @@ class Trainee:
 
     def train(self, batch: Batch, scale: float = 1.0) -> Measured:
         """Forward and backward: adds ``scale`` times the derivative of the sum of losses to the gradients."""
-        return self._run(self._checked(batch), scale)
+        return self._sum(batch, scale)
 
     def measure(self, batch: Batch) -> Measured:
         """The same without gradients, and without dropout."""
-        return self._run(self._checked(batch), None)
+        return self._sum(batch, None)
 
     def zero_gradients(self) -> None:
         for p in self.parameters.values():
@@ -82,12 +84,16 @@ class Trainee:
         """Whether each batch brings weights from disk, twice."""
         return isinstance(self.weights, Adapted) and self.weights.lender.streams
 
-    def _checked(self, batch: Batch) -> _Counted:
+    def _sum(self, batch: Batch, scale: float | None) -> Measured:
         check(batch, self.config)
-        counted = _Counted.of(batch)
-        if self._most is not None and counted.ids.size > self._most:
-            raise MossError(f"a batch of {counted.ids.size} tokens is larger than the {self._most} that memory was planned for")
-        return counted
+        (sequences, length), parts = batch.ids.shape, []
+        if self._most is not None and length > self._most:
+            raise MossError(f"a sequence of {length} tokens is longer than the {self._most} that memory was planned for")
+        together = sequences if self._most is None else self._most // length
+        for first in range(0, sequences, together):
+            part = Batch(*(array[first : first + together] for array in batch))
+            parts.append(self._run(_Counted.of(part), scale))
+        return Measured(*map(sum, zip(*parts)))
 
     def _run(self, counted: _Counted, scale: float | None) -> Measured:
         if not len(counted.targets):

@@ -9,6 +9,7 @@ import pytest
 
 from moss_jt import MossError, convert
 from moss_jt.config import Config
+from moss_jt.machine import Memory
 from moss_jt.train import AdamW, Batch, Lora, Trainee
 from moss_jt.train.lora import TARGETS, shapes
 from moss_jt.weights import open_weights
@@ -138,6 +139,16 @@ def test_what_cannot_be_trained_is_said(tmp_path):
         Trainee(quantised)
     with pytest.raises(MossError, match="on the CPU only"):
         Trainee(weights, device="cuda")
+    with pytest.raises(MossError, match="a budget of RAM is for frozen weights"):
+        Trainee(weights, ram="1GiB")
+
+
+def test_all_weights_need_memory(tmp_path, monkeypatch):
+    weights, state, _ = model(tmp_path, 1)
+    needed = 16 * sum(x.size for x in state.values())
+    monkeypatch.setattr("moss_jt.train.full.memory", lambda: Memory(1 << 40, needed - 1))
+    with pytest.raises(MossError, match=r"takes 0 MiB.*, and 0 MiB are available: train an adapter"):
+        Trainee(weights)
 
 
 LORA = Lora(rank=5, alpha=7, dropout=0.0)
