@@ -9,9 +9,9 @@ import os
 import time
 
 import numpy as np
-
 from moss_jt.convert.mapping import official_bands, official_shapes, pieces
 from moss_jt.convert.view import of_region
+
 from moss_jt.train.batch import NO_LOSS, Batch, Measured
 from moss_jt.train.parameter import Parameter
 
