@@ -22,6 +22,8 @@ def packages() -> dict[str, str]:
 parity = ["torch==2.13.0", "transformers>=4.40", "gguf>=0.10"]
 test = ["pytest>=7", "hypothesis>=6", "ruff>=0.4", "setuptools>=70.1"]  # that setuptools builds wheels by itself
 
+train = ["tensorboardX>=2.6"]  # logs for TensorBoard, without PyTorch
+
 # What compiling for a GPU takes, as far as PyPI has it: for CUDA 13 all of it, for CUDA 12 all but nvcc. CuPy 14 needs numpy 2.
 cuda12 = ["cuda-toolkit[cudart,cccl,cublas,curand]==12.*", "cupy-cuda12x<14"]
 cuda13 = ["cuda-toolkit[nvcc,cccl,cublas,curand]==13.*", "cupy-cuda13x<14"]
@@ -48,7 +50,8 @@ setup(
         "tokenizers>=0.15",
         "sentencepiece>=0.1.99",
         "huggingface_hub>=0.23",
+        "PyYAML>=6",
     ],
-    extras_require={"test": test, "parity": parity, "cuda12": cuda12, "cuda13": cuda13},
+    extras_require={"test": test, "parity": parity, "train": train, "cuda12": cuda12, "cuda13": cuda13},
     entry_points={"console_scripts": ["moss-jt = moss_jt.cli:main"]},
 )

@@ -135,8 +135,12 @@ def _write_small_files(src: Path, folder: Path, key: dict) -> None:
     for name in _COPIED:
         if (src / name).is_file():
             _write(folder / name, (src / name).read_bytes())
-    text = official_config((src / "config.json").read_bytes())
-    _write(folder / "config.json", text.replace(b"{", _our_key(key), 1))
+    _write(folder / "config.json", our_config(official_config((src / "config.json").read_bytes()), key))
+
+
+def our_config(text: bytes, key: dict) -> bytes:
+    """An official config.json with our key first."""
+    return text.replace(b"{", _our_key(key), 1)
 
 
 def _our_key(key: dict) -> bytes:
