@@ -9,6 +9,7 @@ Sizes are bytes. Every call raises MossError where the runtime answers with an e
 from __future__ import annotations
 
 import ctypes
+import time
 import weakref
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from functools import cache
@@ -92,6 +93,22 @@ def to_device(pointer: int, source: np.ndarray, stream: Stream | None = None) ->
     _call("cudaMemcpyAsync", c_void_p(pointer), c_void_p(source.ctypes.data), size, c_int(_TO_DEVICE), _handle(stream))
 
 
+def rows_to_device(pointer: int, pitch: int, source: np.ndarray, stream: Stream) -> None:
+    """Copy uint8 (n, width) of pinned memory, rows any distance apart, to rows ``pitch`` bytes apart; returns at once."""
+    _rows(pointer, pitch, source.ctypes.data, source.strides[0], source, _TO_DEVICE, stream)
+
+
+def rows_to_host(target: np.ndarray, pointer: int, pitch: int, stream: Stream) -> None:
+    """The way back of rows_to_device."""
+    _rows(target.ctypes.data, target.strides[0], pointer, pitch, target, _TO_HOST, stream)
+
+
+def _rows(to: int, to_pitch: int, source: int, pitch: int, rows: np.ndarray, kind: int, stream: Stream) -> None:
+    height, width = rows.shape
+    there = (c_void_p(to), c_size_t(to_pitch), c_void_p(source), c_size_t(pitch))
+    _call("cudaMemcpy2DAsync", *there, c_size_t(width), c_size_t(height), c_int(kind), stream.handle)
+
+
 def on_device(pointer: int, source: int, nbytes: int) -> None:
     """Copy from one place on the device to another; returns at once."""
     size = c_size_t(nbytes)
@@ -112,6 +129,20 @@ def memory_info() -> tuple[int, int]:
     free, total = c_size_t(), c_size_t()
     _call("cudaMemGetInfo", byref(free), byref(total))
     return free.value, total.value
+
+
+def link_bandwidth() -> float:
+    """Bytes a second from pinned host memory to the device: of 64 MiB, best of three."""
+    source = pinned(64 << 20)
+    memory = Memory(source.nbytes)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        to_device(memory.pointer, source)
+        synchronize()
+        return time.perf_counter() - start
+
+    return source.nbytes / min(seconds() for _ in range(4))  # the first one wakes the link
 
 
 def synchronize() -> None:

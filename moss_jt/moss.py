@@ -26,6 +26,7 @@ def load(
     ram: str | int | None = None,
     kv_cache: str = "fp16",
     vram: str | int | None = None,
+    swap: str = "auto",
 ) -> Moss:
     """Open a converted checkpoint for use.
 
@@ -33,7 +34,8 @@ def load(
     n_ctx are, since the model was never trained beyond. ram: the most memory to use, in bytes or like ``"6GiB"``; weights that
     do not fit are read from disk for every sweep; None: what is available less a margin. kv_cache: ``"fp16"`` or ``"int8"``, in
     what the keys and values of tokens are kept. vram: the most of a GPU's memory, besides what CUDA itself takes there; weights
-    that do not fit wait in RAM, or on disk, and are brought for every sweep; None: what is free less a margin.
+    that do not fit wait in RAM, or on disk; None: what is free less a margin. swap: what becomes of those: ``"stream"``: they
+    are brought for every sweep; ``"host"``: the CPU computes with them; ``"auto"``: what is faster, sweep by sweep.
 
     Raises MossError where the folder, the device, a budget or this machine's setup is at fault. The first call on a machine
     compiles for minutes, and says so on stderr.
@@ -43,7 +45,7 @@ def load(
     weights = open_weights(folder)
     tokenizer = load_tokenizer(folder)
     context = min(context, weights.config.n_ctx)
-    on = open_device(weights, context, ram, kv_cache, device, vram)
+    on = open_device(weights, context, ram, kv_cache, device, vram, swap)
     return Moss(Model(weights, context, kv_cache=kv_cache, device=on), tokenizer)
 
 

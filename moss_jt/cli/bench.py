@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable
 import click
 
 from .device import DEVICE
-from .size import CONTEXT, KV_CACHE, SIZE
+from .size import CONTEXT, KV_CACHE, SIZE, SWAP
 
 if TYPE_CHECKING:
     from ..weights import Weights
@@ -59,24 +59,26 @@ _batch = click.option("--batch", type=click.IntRange(1, 512), default=1, show_de
 @click.option("--context-used", type=click.IntRange(0), default=128, show_default=True, help="Tokens in the cache.")
 @_batch
 @KV_CACHE
+@SWAP
 @_shared(samples=10)
-def _decode(context_used: int, batch: int, kv_cache: str, **options: Any) -> None:
+def _decode(context_used: int, batch: int, kv_cache: str, swap: str, **options: Any) -> None:
     """One token after the other, beside the speed of reading memory."""
     from ..bench import Decode
 
-    _measure(Decode(context_used, batch, kv_cache), **options)
+    _measure(Decode(context_used, batch, kv_cache, swap), **options)
 
 
 @command.command("prefill")
 @DEVICE
 @click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="How many tokens it has.")
 @KV_CACHE
+@SWAP
 @_shared(samples=5)
-def _prefill(prompt: int, kv_cache: str, **options: Any) -> None:
+def _prefill(prompt: int, kv_cache: str, swap: str, **options: Any) -> None:
     """A prompt at once, beside the speed of multiplying and adding."""
     from ..bench import Prefill
 
-    _measure(Prefill(prompt, kv_cache), **options)
+    _measure(Prefill(prompt, kv_cache, swap), **options)
 
 
 @command.command("swap")

@@ -27,6 +27,7 @@ def command(
     context: int,
     kv_cache: str,
     vram: int | None,
+    swap: str,
     ram: int | None,
     device: str,
     saved: str | None,
@@ -38,7 +39,7 @@ def command(
         raise MossError("standard input is closed, so there is no message to answer")
     check_options(settings)
     system = None if system is None else system_text(system)
-    moss = load_model(model, device, context, ram, kv_cache, vram)
+    moss = load_model(model, device, context, ram, kv_cache, vram, swap)
     session = Session(moss, system, saved, settings, stats)
     if session.interactive:
         ui.note(f"MOSS · {Path(model).resolve().name} · context {moss.context}")

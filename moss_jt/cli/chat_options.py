@@ -13,7 +13,7 @@ from ..chat import MAX_NEW_TOKENS
 from ..errors import MossError
 from . import ui
 from .device import DEVICE
-from .size import CONTEXT, KV_CACHE, RAM, VRAM
+from .size import CONTEXT, KV_CACHE, RAM, SWAP, VRAM
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def shared_options(command: Callable) -> Callable:
 
 def machine_options(command: Callable) -> Callable:
     """Add the options that say what a model may use of the machine: what ``load_model`` takes besides the folder."""
-    return _with([CONTEXT, KV_CACHE, RAM, VRAM, DEVICE], command)
+    return _with([CONTEXT, KV_CACHE, RAM, VRAM, SWAP, DEVICE], command)
 
 
 def _with(options: list[Callable], command: Callable) -> Callable:
@@ -93,7 +93,7 @@ def check_options(settings: dict[str, Any]) -> None:
         raise click.UsageError(str(e)) from None
 
 
-def load_model(folder: str, device: str, context: int, ram: int | None, kv_cache: str, vram: int | None) -> Any:
+def load_model(folder: str, device: str, context: int, ram: int | None, kv_cache: str, vram: int | None, swap: str) -> Any:
     """The model in ``folder``; at a terminal, a line says what is being waited for. Raises MossError."""
     from .. import load
 
@@ -101,7 +101,7 @@ def load_model(folder: str, device: str, context: int, ram: int | None, kv_cache
         raise MossError("stdout is closed, so there is nowhere to print an answer")
     if ui.is_terminal(sys.stderr):
         ui.note(f"Loading {folder} …")
-    return load(folder, device=device, context=context, ram=ram, kv_cache=kv_cache, vram=vram)
+    return load(folder, device=device, context=context, ram=ram, kv_cache=kv_cache, vram=vram, swap=swap)
 
 
 def system_text(text: str) -> str:

@@ -29,6 +29,7 @@ def command(
     context: int,
     kv_cache: str,
     vram: int | None,
+    swap: str,
     ram: int | None,
     device: str,
     raw: bool,
@@ -45,7 +46,7 @@ def command(
     text = text if raw else text.strip()
     if not text:
         raise MossError("the prompt is empty")
-    moss = load_model(model, device, context, ram, kv_cache, vram)
+    moss = load_model(model, device, context, ram, kv_cache, vram, swap)
     settings["stop"] = _stops(moss, stop)
     pieces = moss.generate(text, **settings) if raw else moss.chat(system).send(text, **settings)
     with closing(pieces):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 
 from .. import cuda
-from ..cudart import OutOfDeviceMemory, memory_info
+from ..config import SWAPS
+from ..cudart import OutOfDeviceMemory, link_bandwidth, memory_info
 from ..errors import MossError
 from ..runtime import jittor
 from ..sizes import parse_size
-from ..swap import make_plan, plan_for, smallest, spare_memory
+from ..swap import plan_for, plan_for_gpu, smallest, spare_memory
 from ..swap.plan import in_mib, too_small
+from ..swap.speeds import of_gpu
 from ..weights import Weights
 from . import check
 from .gpu import Cuda
@@ -30,37 +32,44 @@ def open_device(
     kv_cache: str = "fp16",
     device: str = "auto",
     vram: str | int | None = None,
+    swap: str = "auto",
 ) -> Cuda | Host:
     """The GPU where it is wanted and can be used, within a budget of ``vram``; else the CPU, within a budget of ``ram``.
 
     device: ``"auto"``, ``"cpu"`` or ``"cuda"``. vram: bytes, or a size like ``"6GiB"``, besides what CUDA itself takes; None:
-    what is free less a margin. On a GPU ``ram`` is the most for weights that do not fit there; what is beyond comes from disk.
+    what is free less a margin. On a GPU ``ram`` is the most for what does not fit there; weights beyond come from disk. swap:
+    what becomes of blocks that do not fit there, as make_plan takes it.
     With auto, a line on stderr says why a GPU that is there is not used. Raises MossError, before anything is compiled where
     that can be known, for what is at fault.
     """
-    if vram is not None and not wants_gpu(device):
-        raise MossError("a budget of VRAM is given, but the CPU computes: there is no GPU, or --device is cpu")
+    if swap not in SWAPS:
+        raise MossError(f"swap is {swap!r}, expected one of {', '.join(SWAPS)}")
+    if (vram is not None or swap != "auto") and not wants_gpu(device):
+        what = f"swap {swap}" if vram is None else "a budget of VRAM"
+        raise MossError(f"{what} is given, but the CPU computes: there is no GPU, or --device is cpu")
     plan = None if wants_gpu(device) else plan_for(weights, context, ram, kv_cache)
     if jittor(device).has_cuda and device != "cpu":
         try:
             check.check(weights.coding, kv_cache)
-            return _gpu(weights, context, ram, kv_cache, vram)
+            return _gpu(weights, context, ram, kv_cache, vram, swap)
         except MossError as e:
-            if device == "cuda" or vram is not None:
+            if device == "cuda" or vram is not None or swap != "auto":
                 raise MossError(f"device cuda: {e}") from None
             print(f"moss-jt: using the CPU: {e}", file=sys.stderr)
     return Host(weights, context, plan or plan_for(weights, context, ram, kv_cache), kv_cache)
 
 
-def _gpu(weights: Weights, context: int, ram: str | int | None, kv_cache: str, vram: str | int | None) -> Cuda:
+def _gpu(weights: Weights, context: int, ram: str | int | None, kv_cache: str, vram: str | int | None, swap: str) -> Cuda:
     model, free = (weights.config, weights.coding, context), memory_info()[0]
     budget = parse_size(vram) if vram is not None else max(0, free - _SPARED)
     if budget > free:
         raise OutOfDeviceMemory(f"a budget of {in_mib(budget)} of its memory is more than the {in_mib(free)} that are free")
-    if vram is None and budget < smallest(*model, kv_cache, gpu=True):
-        raise OutOfDeviceMemory(too_small(*model, f"the {in_mib(budget)} of its memory that can be spared", kv_cache, gpu=True))
     pinned = parse_size(ram) if ram is not None else spare_memory()
-    return Cuda(weights, make_plan(*model, budget, kv_cache, gpu=True), pinned)
+    how = (kv_cache, True, swap, pinned)
+    if vram is None and budget < smallest(*model, *how):
+        raise OutOfDeviceMemory(too_small(*model, f"the {in_mib(budget)} of its memory that can be spared", *how))
+    plan = plan_for_gpu(weights, context, budget, kv_cache, swap, pinned, lambda: of_gpu(weights.folder, link_bandwidth()))
+    return Cuda(weights, plan, pinned)
 
 
 def wants_gpu(device: str) -> bool:

@@ -1,5 +1,5 @@
-"""Sweeps on a GPU: weights that are there or come over the link, caches there; rows of the embedding go there, the likeliest
-tokens come back."""
+"""Sweeps on a GPU: weights that are there or come over the link, or are computed with by the CPU where they lie; rows of the
+embedding go there, the likeliest tokens come back."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..swap.host import Rows
 from ..swap.on_device import OnDevice
 from ..weights import Weights
 from ..weights.layout import WTE_FILE
+from .host_blocks import HostBlocks, HostCache
 from .sweep import Row, Sweep
 
 
@@ -26,7 +27,7 @@ class Cuda:
     """The GPU that Jittor uses. Not for use by several threads at once."""
 
     def __init__(self, weights: Weights, plan: Plan, pinned: int):
-        """``plan``: of the GPU's memory. ``pinned``: the most host memory for weights that are streamed; what is beyond comes
+        """``plan``: of the GPU's memory. ``pinned``: the most host memory for what is not on the device; weights beyond come
         from disk. Raises OutOfDeviceMemory where there is less than the plan says, MossError for what these kernels cannot
         compute."""
         config = self._config = weights.config
@@ -41,12 +42,15 @@ class Cuda:
         self._sweeps = Sweeps(config, weights.coding, plan.context, self._angles.pointer, bits, part)
         self._rows = Rows(weights.regions[WTE_FILE])
         self.weights = OnDevice(weights, plan, pinned)
+        self._host = HostBlocks(weights, plan, self.weights) if plan.host_blocks else None
+        self._first = len(plan.host_blocks)  # the blocks from there on are the device's in every sweep
         self._embedded = cudart.pinned(2 * config.n_embd * CHUNK).view(np.float16).reshape(CHUNK, -1)
         self._seen = cudart.Memory(4 * MOST_ROWS * plan.context)
 
     @property
     def streams(self) -> bool:
-        return self.weights.streams
+        """Whether a token's sweep waits for weights, so that more tokens in it cost next to nothing."""
+        return self.weights.streams and not self.plan.computes_on_host(1)
 
     @property
     def peak(self) -> int:
@@ -56,22 +60,25 @@ class Cuda:
 
     def cache(self, places: int) -> DeviceCache:
         """Room on the device, and the work space for sweeps over it. Raises OutOfDeviceMemory."""
+        first, n = self._first, self._config.n_layer - self._first
         shapes = parts_of(self._config, self._context, places, self._kv_cache)
-        sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes]
-        memory, n = [cudart.Memory(size) for size in sizes], self._config.n_layer
-        layers = [  # keys, or values, of a block are a 2n-th of all
-            [m.pointer + (2 * i + half) * (size // (2 * n)) for m, size in zip(memory, sizes) for half in (0, 1)]
+        sizes = [math.prod((n, *shape[1:])) * np.dtype(dtype).itemsize for shape, dtype in shapes]
+        memory = [cudart.Memory(size) for size in sizes]
+        layers = {  # keys, or values, of a block are a 2n-th of all
+            first + i: [m.pointer + (2 * i + half) * (size // (2 * n)) for m, size in zip(memory, sizes) for half in (0, 1)]
             for i in range(n)
-        ]
+        }
         memory.append(cudart.Memory(self._space_bytes(places)))
-        runs = [self._run(list(run), layers) for _, run in groupby(range(n), lambda i: self.weights.is_resident(i) or -i - 1)]
-        return DeviceCache(self._context, places, layers, memory, Space(memory[-1].pointer, CHUNK), runs)
+        neighbours = groupby(layers, lambda i: self.weights.is_resident(i) or -i - 1)
+        runs = [self._run(list(run), layers) for _, run in neighbours]
+        host = self._host and self._host.cache(places)
+        return DeviceCache(self._context, places, layers, memory, Space(memory[-1].pointer, CHUNK), runs, host)
 
     def _space_bytes(self, places: int) -> int:
         with float_environment_kept(), compiling(source()), jittor().flag_scope(use_cuda=1):
             return self._sweeps.space_bytes(CHUNK, places)
 
-    def _run(self, blocks: list[int], layers: list) -> tuple[list[int], np.ndarray | None]:
+    def _run(self, blocks: list[int], layers: dict) -> tuple[list[int], np.ndarray | None]:
         """Blocks that an op computes together: one that is streamed, or neighbours that are resident, with their table."""
         if not self.weights.is_resident(blocks[0]):
             return blocks, None
@@ -83,34 +90,49 @@ class Cuda:
 
     def sweep(self, cache: DeviceCache, sweep: Sweep) -> list[np.ndarray | Likeliest]:
         """For each of the rows, float32 (V,), or the likeliest where those are enough."""
-        self._rows.read_into(self._embedded[: len(sweep.ids)], sweep.ids)
-        self.weights.expect(head=bool(sweep.rows))
+        embedded, on_host = self._embedded[: len(sweep.ids)], self.plan.computes_on_host(len(sweep.ids))
+        self._rows.read_into(embedded, sweep.ids)
+        self.weights.expect(bool(sweep.rows), on_host)
+        if on_host:
+            self._host.compute(cache.host, embedded, sweep.table, len(cache.sequences), cache.space.address)
         # Lazily: ops are issued when something needs them, and waited for when their result is read.
         with jittor().flag_scope(lazy_execution=1, no_grad=1, use_cuda=1):
-            state = self._blocks(cache, sweep)
+            state = self._blocks(cache, sweep, on_host)
             found = []
             for first in range(0, len(sweep.rows), MOST_ROWS):
                 found += self._logits(sweep.rows[first : first + MOST_ROWS], sweep.enough, cache.space, state)
-            state.sync(True)
+            if state is not None:
+                state.sync(True)
         self._least_free = min(self._least_free, cudart.memory_info()[0])
         return found
 
-    def _blocks(self, cache: DeviceCache, sweep: Sweep):
-        state, embedded = None, self._embedded
+    def _blocks(self, cache: DeviceCache, sweep: Sweep, on_host: bool):
+        state, of = None, (sweep.table, len(sweep.ids))
+        embedded = None if on_host else self._embedded
+
+        def streamed(i: int, layer: list[int]):
+            with self.weights.block(i) as tensors:
+                table = self._sweeps.table([tensors], [layer])
+                after = self._sweeps.blocks(table, *of, embedded, cache.space, state)
+                after.sync()  # issues it, and does not wait: the slot's next copy waits for what was issued
+            return after
+
+        if cache.host and not on_host:
+            cache.host.begin(sweep.table)
+            for i in range(self._first):
+                with cache.host.lend(i) as layer:
+                    state, embedded = streamed(i, layer), None
         for blocks, table in cache.runs:
             if table is not None:
-                state = self._sweeps.blocks(table, sweep.table, len(sweep.ids), embedded, cache.space, state)
+                state = self._sweeps.blocks(table, *of, embedded, cache.space, state)
             else:
-                with self.weights.block(blocks[0]) as tensors:
-                    table = self._sweeps.table([tensors], [cache.layers[blocks[0]]])
-                    state = self._sweeps.blocks(table, sweep.table, len(sweep.ids), embedded, cache.space, state)
-                    state.sync()  # issues it, and does not wait: the slot's next copy waits for what was issued
+                state = streamed(blocks[0], cache.layers[blocks[0]])
             embedded = None
         return state
 
     def _logits(self, rows: list[Row], enough: int, space: Space, state) -> list[np.ndarray | Likeliest]:
         which = np.array([row.row for row in rows], np.int32)
-        if self.streams:
+        if self.weights.streams:
             for part in self.weights.head():
                 state = self._sweeps.compute(self._sweeps.heads([part]), which, space, state)
                 state.sync()
@@ -128,9 +150,10 @@ class Cuda:
 
 
 class DeviceCache(Cache):
-    """Keys and values on the device: ``layers``, for each block the addresses of its parts. ``space``: what sweeps over it
-    work in. ``runs``: which blocks an op computes together, and their table, where they are resident."""
+    """Keys and values on the device: ``layers``, for each block the addresses of its parts; or in host memory, of the first
+    blocks, ``host``. ``space``: what sweeps over it work in. ``runs``: which blocks an op computes together, and their table,
+    where they are resident."""
 
-    def __init__(self, context: int, places: int, layers: list, memory: list, space: Space, runs: list):
+    def __init__(self, context: int, places: int, layers: dict, memory: list, space: Space, runs: list, host: HostCache | None):
         super().__init__(context, places, layers, memory)
-        self.space, self.runs = space, runs
+        self.space, self.runs, self.host = space, runs, host

@@ -17,6 +17,8 @@ import numpy as np
 
 from .. import cudart
 from ..weights import Weights
+from ..weights.store import arrays
+from .host import as_vars
 from .parts import Part
 from .plan import Plan
 from .reader import Worker
@@ -33,20 +35,22 @@ class OnDevice:
     """
 
     def __init__(self, weights: Weights, plan: Plan, pinned: int):
-        """``pinned``: the most host memory for streamed weights. Raises MossError where a file cannot be read,
+        """``pinned``: the most host memory for what is not on the device. Raises MossError where a file cannot be read,
         OutOfDeviceMemory where a budget is more than there is."""
-        self.resident_blocks = len(plan.blocks) - len(plan.streamed_blocks)
-        self._blocks, self._ranges = plan.streamed_blocks, plan.head_ranges()
+        self._blocks, self._host, self._ranges = plan.streamed_blocks, plan.host_blocks, plan.head_ranges()
         self._head = [(0, plan.head_rows), *self._ranges] if plan.head_rows else self._ranges
         self._norm, self._bias, self._memory = _small(weights)
         found = sources(weights, self._head)
-        streamed = {item: found.pop(item) for item in (*self._blocks, *self._ranges)}
-        self.from_disk = _beyond(streamed, pinned)
+        streamed = {item: found.pop(item) for item in dict.fromkeys((*self._host, *self._blocks, *self._ranges))}
+        others = {item: source for item, source in streamed.items() if item not in self._host}
+        self.from_disk = _beyond(others, pinned - plan.host_memory)
         loader = _Loader(max(s.part.room for s in (*found.values(), *streamed.values())))
         self._resident = {item: loader.to_device(source) for item, source in found.items()}
         waiting = {item: loader.to_pinned(s) for item, s in streamed.items() if item not in self.from_disk}
         loader.finish()
         self._sources = {**found, **streamed}
+        self._on_host = {i: as_vars(arrays(waiting[i], streamed[i].part.spans[0].tensors)) for i in self._host}
+        self._waiting = waiting  # Vars do not keep their memory
         self._ring = None
         if plan.streams:
             disk = {item: streamed[item] for item in self.from_disk}
@@ -59,14 +63,20 @@ class OnDevice:
     def streams(self) -> bool:
         return self._ring is not None
 
-    def expect(self, head: bool) -> None:
-        """A sweep begins: all blocks are lent next, each once and in order, and then, if ``head``, lm_head. What comes at the
-        beginning of the next sweep is brought during the end of this one."""
-        if items := [*self._blocks, *(self._ranges if head else ())]:
+    def expect(self, head: bool, on_host: bool = False) -> None:
+        """A sweep begins: all blocks, without those for the host if they are computed there, are lent next, each once and in
+        order, and then, if ``head``, lm_head. What comes at the beginning of the next sweep is brought during the end of this
+        one."""
+        blocks = [i for i in self._blocks if i not in self._host] if on_host else self._blocks
+        if items := [*blocks, *(self._ranges if head else ())]:
             self._ring.follow(items)
 
     def is_resident(self, i: int) -> bool:
         return i in self._resident
+
+    def on_host(self, i: int) -> dict:
+        """The weights of a block that the CPU may compute, name -> Var, where they wait in host memory."""
+        return self._on_host[i]
 
     @contextmanager
     def block(self, i: int) -> Iterator[dict[str, int]]:

@@ -30,13 +30,14 @@ def measured(folder: Path, afresh: bool = False) -> Speeds:
     return now
 
 
-def of_link() -> Speeds | None:
-    """Of a GPU, only its link, measured now; the rest counts as no limit, since what is streamed hides it. None where there is
-    no GPU to measure."""
+def of_gpu(folder: Path, link: float | None = None, afresh: bool = False) -> Speeds | None:
+    """Of a GPU, only its link, bytes a second, measured now unless given: the rest of it counts as no limit, since what is
+    streamed hides it. And those of the machine around it, as ``measured``. None where there is no GPU to measure."""
     try:
-        return Speeds(float("inf"), cuda.link_bandwidth()[0], float("inf"))
+        link = link or cuda.link_bandwidth()[0]
     except MossError:
         return None
+    return Speeds(float("inf"), link, float("inf"), measured(folder, afresh))
 
 
 def arithmetic() -> float:

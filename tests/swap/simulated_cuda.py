@@ -30,6 +30,8 @@ class Simulated:
 
     def __init__(self, seed: int, size: int = 64 << 20):
         self.memory = np.full(size, 0xEE, np.uint8)
+        self.written = np.zeros(size, np.uint8)  # of each byte, whether it is what somebody wrote there
+        self._pinned: list[np.ndarray] = []
         self.taken = self.most_taken = 4096
         self._random, self._lock = random.Random(seed), threading.RLock()
         self._slow = self._random.choice([None, 0, 1])  # a stream that hardly gets anywhere
@@ -78,26 +80,52 @@ class Simulated:
         self.Memory, self.Stream, self.Event = Memory, Stream, Event
 
     def pinned(self, nbytes: int) -> np.ndarray:
-        return np.zeros(nbytes, np.uint8)
+        self._pinned.append(np.full(nbytes, 0xEE, np.uint8))
+        return self._pinned[-1]
 
     def to_device(self, pointer: int, source: np.ndarray, stream=None) -> None:
         if stream and self.fails():
             raise RuntimeError("the copy cannot be started")
         raw = source.reshape(-1).view(np.uint8)
-        if stream is None:  # from memory that the caller may change: it is taken now
+        if not any(np.may_share_memory(raw, memory) for memory in self._pinned):  # the caller may change it: it is taken now
             raw = raw.copy()
-        target = self.memory[pointer : pointer + len(raw)]
+        self._copy(self._there(pointer, len(raw), len(raw), 1), raw[None], stream or self._default)
+
+    def rows_to_device(self, pointer: int, pitch: int, source: np.ndarray, stream) -> None:
+        self._copy(self._there(pointer, pitch, *source.shape[::-1]), source, stream)
+
+    def rows_to_host(self, target: np.ndarray, pointer: int, pitch: int, stream) -> None:
+        source, _ = self._there(pointer, pitch, *target.shape[::-1])
+        self._copy((target, np.empty(target.shape, np.uint8)), source, stream)
+
+    def _there(self, pointer: int, pitch: int, width: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows on the device, and of each of their bytes whether it was written."""
+        strided = np.lib.stride_tricks.as_strided
+        return tuple(strided(all_[pointer:], (count, width), (pitch, 1)) for all_ in (self.memory, self.written))
+
+    def _copy(self, target: tuple[np.ndarray, np.ndarray], source: np.ndarray, queue: _Queue) -> None:
+        there, written = target
 
         def begin() -> bool:
-            target[:] = 0xEE
+            there[:], written[:] = 0xEE, 0
             return True
 
         def end() -> bool:
-            target[:] = raw
+            there[:], written[:] = source, 1
             return True
 
-        self._put(stream or self._default, begin)
-        self._put(stream or self._default, end)
+        self._put(queue, begin)
+        self._put(queue, end)
+
+    def memory_info(self) -> tuple[int, int]:
+        return len(self.memory) - self.taken, len(self.memory)
+
+    def launch(self, kernel: Callable[[], None]) -> None:
+        """Put a kernel into the default stream."""
+        self._put(self._default, lambda: kernel() or True)
+
+    def until_default_is_idle(self) -> None:
+        self._until(lambda: not self._default.steps)
 
     def use(self, pointer: int, expected: np.ndarray, wrong: list) -> None:
         """A kernel on the default stream that reads what must be ``expected`` all the time."""
