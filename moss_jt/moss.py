@@ -14,6 +14,7 @@ from .errors import MossError
 from .generate import Answer, Piece, Stats, generate
 from .model import Model
 from .sampling import Sampling
+from .sizes import parse_size
 from .stopping import Stop
 from .tokenizer import load_tokenizer
 from .weights import open_weights
@@ -27,6 +28,7 @@ def load(
     kv_cache: str = "fp16",
     vram: str | int | None = None,
     swap: str = "auto",
+    adapter: str | Path | None = None,
 ) -> Moss:
     """Open a converted checkpoint for use.
 
@@ -36,6 +38,7 @@ def load(
     what the keys and values of tokens are kept. vram: the most of a GPU's memory, besides what CUDA itself takes there; weights
     that do not fit wait in RAM, or on disk; None: what is free less a margin. swap: what becomes of those: ``"stream"``: they
     are brought for every sweep; ``"host"``: the CPU computes with them; ``"auto"``: what is faster, sweep by sweep.
+    adapter: the folder of a LoRA adapter that was trained for this model, computed beside its weights, by the CPU.
 
     Raises MossError where the folder, the device, a budget or this machine's setup is at fault. The first call on a machine
     compiles for minutes, and says so on stderr.
@@ -45,7 +48,14 @@ def load(
     weights = open_weights(folder)
     tokenizer = load_tokenizer(folder)
     context = min(context, weights.config.n_ctx)
-    on = open_device(weights, context, ram, kv_cache, device, vram, swap)
+    low_rank = None
+    if adapter is not None:
+        from .train.low_rank import LowRankTerms
+
+        low_rank = LowRankTerms(weights.config, Path(adapter)).blocks()
+        if ram is not None:
+            ram = parse_size(ram) - sum(x.nbytes for block in low_rank for both in block for x in both)
+    on = open_device(weights, context, ram, kv_cache, device, vram, swap, low_rank)
     return Moss(Model(weights, context, kv_cache=kv_cache, device=on), tokenizer)
 
 

@@ -23,6 +23,7 @@ from .chat_options import check_options, load_model, shared_options, system_text
 @click.option("--stats", is_flag=True, help="Show speeds and memory after each answer.")
 def command(
     model: str,
+    adapter: str | None,
     system: str | None,
     context: int,
     kv_cache: str,
@@ -39,7 +40,7 @@ def command(
         raise MossError("standard input is closed, so there is no message to answer")
     check_options(settings)
     system = None if system is None else system_text(system)
-    moss = load_model(model, device, context, ram, kv_cache, vram, swap)
+    moss = load_model(model, device, context, ram, kv_cache, vram, swap, adapter)
     session = Session(moss, system, saved, settings, stats)
     if session.interactive:
         ui.note(f"MOSS · {Path(model).resolve().name} · context {moss.context}")

@@ -52,6 +52,7 @@ def shared_options(command: Callable) -> Callable:
     """Add the options that say which model, where, and how to choose tokens."""
     options = [
         click.option("-m", "--model", required=True, metavar="DIR", help="Folder of a converted checkpoint."),
+        click.option("--adapter", metavar="DIR", help="Folder of a LoRA adapter that was trained for the model."),
         click.option("--system", type=TEXT, metavar="TEXT|@FILE", help="In place of MOSS's meta instruction."),
         *(_option(name, setting) for name, setting in SETTINGS.items()),
         machine_options,
@@ -93,7 +94,16 @@ def check_options(settings: dict[str, Any]) -> None:
         raise click.UsageError(str(e)) from None
 
 
-def load_model(folder: str, device: str, context: int, ram: int | None, kv_cache: str, vram: int | None, swap: str) -> Any:
+def load_model(
+    folder: str,
+    device: str,
+    context: int,
+    ram: int | None,
+    kv_cache: str,
+    vram: int | None,
+    swap: str,
+    adapter: str | None = None,
+) -> Any:
     """The model in ``folder``; at a terminal, a line says what is being waited for. Raises MossError."""
     from .. import load
 
@@ -101,7 +111,7 @@ def load_model(folder: str, device: str, context: int, ram: int | None, kv_cache
         raise MossError("stdout is closed, so there is nowhere to print an answer")
     if ui.is_terminal(sys.stderr):
         ui.note(f"Loading {folder} …")
-    return load(folder, device=device, context=context, ram=ram, kv_cache=kv_cache, vram=vram, swap=swap)
+    return load(folder, device=device, context=context, ram=ram, kv_cache=kv_cache, vram=vram, swap=swap, adapter=adapter)
 
 
 def system_text(text: str) -> str:

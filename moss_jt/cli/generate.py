@@ -25,6 +25,7 @@ from .chat_options import TEXT, as_utf8, check_options, load_model, shared_optio
 def command(
     prompt: str | None,
     model: str,
+    adapter: str | None,
     system: str | None,
     context: int,
     kv_cache: str,
@@ -46,7 +47,7 @@ def command(
     text = text if raw else text.strip()
     if not text:
         raise MossError("the prompt is empty")
-    moss = load_model(model, device, context, ram, kv_cache, vram, swap)
+    moss = load_model(model, device, context, ram, kv_cache, vram, swap, adapter)
     settings["stop"] = _stops(moss, stop)
     pieces = moss.generate(text, **settings) if raw else moss.chat(system).send(text, **settings)
     with closing(pieces):

@@ -15,9 +15,9 @@ from .rotary import rotary_angles
 _DTYPES = {"F32": "float32", "F16": "float16", "U8": "uint8", "I32": "int32"}
 
 
-def prepare(coding: Coding, kv_cache: str = "fp16", low_rank: tuple[bool, bool] = (False, False)) -> None:
-    """Run every op once, on a model of a few bytes whose weights and cache are stored alike. ``low_rank``: whether a block's two
-    matrices have low-rank terms.
+def prepare(coding: Coding, kv_cache: str = "fp16", low_rank: tuple[bool, ...] = (False, False)) -> None:
+    """Run every op once, on a model of a few bytes whose weights and cache are stored alike. ``low_rank``: whether each of
+    a block's matrices has a low-rank term.
 
     The first time on a machine this compiles, for seconds, and says so. Raises MossError where a kernel does not compile.
     """

@@ -8,11 +8,12 @@ import numpy as np
 
 from ..config import Config
 from ..convert.mapping import pieces
+from ..ops import LowRank
 from ..weights.layout import block_file
 from .lora import load_adapter, tensor_names
 
 
-class LowRank:
+class LowRankTerms:
     """What an adapter adds to ``in.weight`` and ``out.weight`` of each block: ``up @ down``. Each of them holds two official
     modules, side by side: R is the sum of their ranks, and what of ``up`` or ``down`` belongs to the other module is zeros."""
 
@@ -36,6 +37,12 @@ class LowRank:
                 down[here, columns] = a
                 up[ours, here] = b[p.official_row : p.official_row + p.rows] * np.float32(self.lora.scale)
         return down, up
+
+    def blocks(self) -> list[LowRank]:
+        """What a device takes: of each block the terms of ``in.weight`` and ``out.weight``."""
+        names = ("in.weight", "out.weight")
+        found = [[self.of(i, name) for name in names] for i in range(self._config.n_layer)]
+        return [LowRank(*(both if len(both[0]) else () for both in block)) for block in found]
 
     @staticmethod
     def _names(official: str) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from ..weights import Weights, open_weights
 from ..weights.header import header_bytes
 from ..weights.layout import BITS, FORMAT, GROUP, HEAD_FILE, METADATA, WTE_FILE, Coding, Tensor, block_file, files_of
 from .lora import ADAPTER_CONFIG, ADAPTER_FILE
-from .low_rank import LowRank
+from .low_rank import LowRankTerms
 from .result import write_small_files
 
 # What the configs of a quantised model say of its numbers, which are others now.
@@ -37,7 +37,7 @@ def plan_merge(model: Path, adapter: Path, dst: Path, dtype: str = "fp16") -> Jo
     """
     check_apart(model, dst)
     weights = open_weights(model)
-    merged = Merged(weights, LowRank(weights.config, adapter))
+    merged = Merged(weights, LowRankTerms(weights.config, adapter))
     coding = Coding(dtype, "fp16" if dtype == "fp16" else "int8")
     files = files_of(weights.config, coding)
     sizes = {name: len(header_bytes(ts, METADATA)) + sum(t.nbytes for t in ts) for name, ts in files.items()}
@@ -59,7 +59,7 @@ def _prepare(model: Path, key: dict, folder: Path) -> None:
 class Merged:
     """A model's files with an adapter in them."""
 
-    def __init__(self, weights: Weights, low_rank: LowRank):
+    def __init__(self, weights: Weights, low_rank: LowRankTerms):
         self._weights, self._low_rank = weights, low_rank
         self._blocks = {block_file(i): i for i in range(weights.config.n_layer)}
 
