@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import BinaryIO, Callable
 
 from ..errors import MossError
+from ..meta_instruction import FILE as META_INSTRUCTION_FILE
+from ..meta_instruction import read_meta_instruction
 from ..tokenizer import write_tokenizer
 from ..tokenizer.files import COPIED as TOKENIZER_FILES
 from ..weights.header import header_bytes
@@ -21,7 +23,7 @@ from .panels import in_panels
 from .source import Source, open_source
 
 # Copied as they are, where they are there; write_tokenizer copies the tokenizer's own.
-_COPIED = ("generation_config.json",)
+_COPIED = ("generation_config.json", META_INSTRUCTION_FILE)
 METHODS = ("rtn", "gptq")
 
 
@@ -39,6 +41,7 @@ def plan(
     check_method(method, calibration, act_order)
     coding = Coding(dtype or "fp16", head_dtype or ("fp16" if dtype in (None, "fp16") else "int8"), group_size, act_order)
     check_apart(src, dst)
+    read_meta_instruction(src)  # what could not be used is not copied
     source = open_source(src)
     if source.gptq:
         if method != "rtn" or group_size != GROUP:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 
@@ -12,10 +13,13 @@ from .devices import open_device
 from .drafts import Drafts
 from .errors import MossError
 from .generate import Answer, Piece, Stats, generate
+from .meta_instruction import read_meta_instruction
 from .model import Model
+from .plugins import Plugin
 from .sampling import Sampling
 from .sizes import parse_size
 from .stopping import Stop
+from .swap import Plan
 from .tokenizer import load_tokenizer
 from .weights import open_weights
 
@@ -28,6 +32,7 @@ def load(
     kv_cache: str = "fp16",
     vram: str | int | None = None,
     swap: str = "auto",
+    planned: Callable[[Plan], object] | None = None,
     adapter: str | Path | None = None,
 ) -> Moss:
     """Open a converted checkpoint for use.
@@ -37,8 +42,9 @@ def load(
     do not fit are read from disk for every sweep; None: what is available less a margin. kv_cache: ``"fp16"`` or ``"int8"``, in
     what the keys and values of tokens are kept. vram: the most of a GPU's memory, besides what CUDA itself takes there; weights
     that do not fit wait in RAM, or on disk; None: what is free less a margin. swap: what becomes of those: ``"stream"``: they
-    are brought for every sweep; ``"host"``: the CPU computes with them; ``"auto"``: what is faster, sweep by sweep.
-    adapter: the folder of a LoRA adapter that was trained for this model, computed beside its weights, by the CPU.
+    are brought for every sweep; ``"host"``: the CPU computes with them; ``"auto"``: what is faster, sweep by sweep. planned: is
+    called with the plan, what lives where, before weights are brought anywhere. adapter: the folder of a LoRA adapter that was
+    trained for this model; the CPU computes it beside the weights.
 
     Raises MossError where the folder, the device, a budget or this machine's setup is at fault. The first call on a machine
     compiles for minutes, and says so on stderr.
@@ -55,15 +61,16 @@ def load(
         low_rank = LowRankTerms(weights.config, Path(adapter)).blocks()
         if ram is not None:
             ram = parse_size(ram) - sum(x.nbytes for block in low_rank for both in block for x in both)
-    on = open_device(weights, context, ram, kv_cache, device, vram, swap, low_rank)
-    return Moss(Model(weights, context, kv_cache=kv_cache, device=on), tokenizer)
+    on = open_device(weights, context, ram, kv_cache, device, vram, swap, planned, low_rank)
+    return Moss(Model(weights, context, kv_cache=kv_cache, device=on), tokenizer, read_meta_instruction(folder))
 
 
 class Moss:
     """A model ready to answer. Remembers the last sequence: what a new prompt shares with it is not computed again."""
 
-    def __init__(self, model: Model, tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Model, tokenizer, meta_instruction: str | None = None):
+        """meta_instruction: the text that this checkpoint's dialogues begin with, if it is not MOSS's."""
+        self.model, self.tokenizer, self.meta_instruction = model, tokenizer, meta_instruction
         self.last_stats = Stats()  # of the last generate, kept up to date while it runs
 
     @property
@@ -140,8 +147,8 @@ class Moss:
         guess = Drafts() if (self.model.streams if drafts is None else drafts) else None
         return Answer(self.tokenizer, ids, stops, sampling, min(len(ids) + max_new_tokens, self.context), guess, stats)
 
-    def chat(self, system: str | None = None):
-        """A Conversation; ``system`` replaces MOSS's meta instruction."""
+    def chat(self, system: str | None = None, plugins: Iterable[Plugin] | None = None):
+        """A Conversation; ``system`` replaces the meta instruction, ``plugins`` are what MOSS may call (see there)."""
         from .chat import Conversation
 
-        return Conversation(self, system)
+        return Conversation(self, system, plugins)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import click
 
+from . import bench_vram
 from .device import DEVICE
 from .size import CONTEXT, KV_CACHE, SIZE, SWAP
 
@@ -103,6 +104,9 @@ def _load(**options: Any) -> None:
     _measure(Load(), **options)
 
 
+command.add_command(bench_vram.command)
+
+
 def _measure(work: Any, as_json: bool, threads: int | None, repeat: int, device: str | None = None, **source: Any) -> None:
     """device: where the work can be done on others than the CPU."""
     from .. import machine
@@ -110,7 +114,7 @@ def _measure(work: Any, as_json: bool, threads: int | None, repeat: int, device:
     from ..runtime import jittor
 
     threads = threads or machine.cores().usable
-    with _stopping_cleanly(), _weights(work, **source) as weights:
+    with stopping_cleanly(), _weights(work, **source) as weights:
         found = {"bench": type(work).__name__.lower(), "model": str(source["model"] or "random"), **about(weights, threads)}
         jittor(device or "cpu", threads)
         on = {"device": device} if device else {}
@@ -149,7 +153,7 @@ def _weights(
 
 
 @contextmanager
-def _stopping_cleanly() -> Iterator[None]:
+def stopping_cleanly() -> Iterator[None]:
     """Gigabytes of random weights must not stay behind: a request to end, or a closed terminal, stops us as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
@@ -11,6 +12,7 @@ import click
 
 from ..chat import MAX_NEW_TOKENS
 from ..errors import MossError
+from ..plugins import Plugin, built_in
 from . import ui
 from .device import DEVICE
 from .size import CONTEXT, KV_CACHE, RAM, SWAP, VRAM
@@ -48,12 +50,31 @@ class _Text(click.ParamType):
 TEXT = _Text()
 
 
+class _Plugins(click.ParamType):
+    """Names of plugins, a comma between them."""
+
+    name = "names"
+
+    def convert(self, value: str | list[Plugin], param: click.Parameter | None, ctx: click.Context | None) -> list[Plugin]:
+        if not isinstance(value, str):
+            return value
+        try:
+            return built_in(value)
+        except MossError as e:
+            self.fail(str(e), param, ctx)
+
+
+PLUGINS = _Plugins()
+
+
 def shared_options(command: Callable) -> Callable:
     """Add the options that say which model, where, and how to choose tokens."""
     options = [
         click.option("-m", "--model", required=True, metavar="DIR", help="Folder of a converted checkpoint."),
         click.option("--adapter", metavar="DIR", help="Folder of a LoRA adapter that was trained for the model."),
         click.option("--system", type=TEXT, metavar="TEXT|@FILE", help="In place of MOSS's meta instruction."),
+        click.option("--plugins", metavar="NAMES", type=PLUGINS, help="What MOSS may call, such as calculator,solver."),
+        click.option("--no-plugins", is_flag=True, help="MOSS may call nothing, whatever the system text enables."),
         *(_option(name, setting) for name, setting in SETTINGS.items()),
         machine_options,
     ]
@@ -102,16 +123,27 @@ def load_model(
     kv_cache: str,
     vram: int | None,
     swap: str,
+    stats: bool = False,
     adapter: str | None = None,
 ) -> Any:
-    """The model in ``folder``; at a terminal, a line says what is being waited for. Raises MossError."""
+    """The model in ``folder``; at a terminal, a line says what is being waited for; with ``stats``, lines say what will live
+    where, before it is brought there. Raises MossError."""
     from .. import load
 
     if sys.stdout is None:
         raise MossError("stdout is closed, so there is nowhere to print an answer")
     if ui.is_terminal(sys.stderr):
         ui.note(f"Loading {folder} …")
-    return load(folder, device=device, context=context, ram=ram, kv_cache=kv_cache, vram=vram, swap=swap, adapter=adapter)
+    budgets = {"context": context, "ram": ram, "kv_cache": kv_cache, "vram": vram, "swap": swap}
+    tell = partial(_tell, Path(folder)) if stats else None
+    return load(folder, device=device, planned=tell, adapter=adapter, **budgets)
+
+
+def _tell(folder: Path, plan: Any) -> None:
+    from .plan import in_short
+
+    for line in in_short(folder, plan):
+        ui.note(line)
 
 
 def system_text(text: str) -> str:

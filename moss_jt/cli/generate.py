@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ..errors import MossError
+from ..plugins import Plugin
 from . import ui
 from .chat_options import TEXT, as_utf8, check_options, load_model, shared_options, system_text
 
@@ -21,12 +22,15 @@ from .chat_options import TEXT, as_utf8, check_options, load_model, shared_optio
 @click.option(
     "--stop", type=TEXT, multiple=True, metavar="TEXT", help="Also stop at this text, which is not shown. Repeatable."
 )
+@click.option("--stats", is_flag=True, help="Show the plan, and speeds and memory after the answer.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end: text, ids, counts, speeds.")
 def command(
     prompt: str | None,
     model: str,
     adapter: str | None,
     system: str | None,
+    plugins: list[Plugin] | None,
+    no_plugins: bool,
     context: int,
     kv_cache: str,
     vram: int | None,
@@ -35,26 +39,31 @@ def command(
     device: str,
     raw: bool,
     stop: tuple[str, ...],
+    stats: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
     """Answer one question, or with --raw continue a text. PROMPT may come from a pipe, or be - for that."""
-    if raw and system is not None:
-        raise click.UsageError("--system belongs to the dialogue format, which --raw leaves out")
+    for option, value in (("--system", system), ("--plugins", plugins)):
+        if raw and value is not None:
+            raise click.UsageError(f"{option} belongs to the dialogue format, which --raw leaves out")
     check_options(settings)
+    plugins = [] if no_plugins else plugins
     system = None if system is None else system_text(system)
     text = _read_prompt(prompt)
     text = text if raw else text.strip()
     if not text:
         raise MossError("the prompt is empty")
-    moss = load_model(model, device, context, ram, kv_cache, vram, swap, adapter)
+    moss = load_model(model, device, context, ram, kv_cache, vram, swap, stats, adapter)
     settings["stop"] = _stops(moss, stop)
-    pieces = moss.generate(text, **settings) if raw else moss.chat(system).send(text, **settings)
+    pieces = moss.generate(text, **settings) if raw else moss.chat(system, plugins).send(text, told=ui.ran, **settings)
     with closing(pieces):
         if as_json:
             _print_json(moss, pieces)
         else:
             ui.answer(pieces)
+    if stats:
+        ui.stats(moss)
 
 
 def _read_prompt(prompt: str | None) -> str:

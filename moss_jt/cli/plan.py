@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
 from math import isfinite
@@ -63,6 +64,19 @@ def command(
         click.echo(json.dumps({"folder": str(folder), **_as_json(plan, speeds)}, ensure_ascii=False, indent=1))
     else:
         _draw(folder, plan, speeds, "--vram" if vram else "--ram" if ram else "what can be spared here")
+
+
+def in_short(folder: Path, plan: Plan) -> Iterator[str]:
+    """Lines about a plan that is about to be carried out, with speeds where they are known already."""
+    from ..swap import speeds
+
+    known = speeds.at_hand(plan, folder)
+    what = "of the GPU's memory" if plan.gpu else "of RAM"
+    places = _blocks(plan).splitlines()[0]
+    yield f"  plan {places}; lm_head {_head(plan)}; KV cache {gib(plan.memory['KV cache'])}; peak {gib(plan.peak)} {what}"
+    yield "  " + ", ".join(f"{name} {moved}" for name, moved in _moves(plan, known))
+    if known:
+        yield f"  decode {_expected(plan.decode(known))}"
 
 
 def _as_json(plan: Plan, speeds: Speeds | None) -> dict:
@@ -161,6 +175,17 @@ def _head(plan: Plan) -> str:
 def _moved(plan: Plan, speeds: Speeds | None) -> Table:
     """What a token costs, and what may be hoped for."""
     table = _table()
+    for name, moved in _moves(plan, speeds):
+        table.add_row(name, moved)
+    if speeds:
+        table.add_row("decode", _expected(plan.decode(speeds)), style="bold")
+        if plan.streams or not plan.gpu:
+            table.add_row("prefill", _expected(plan.prefill(speeds)), style="bold")
+    return table
+
+
+def _moves(plan: Plan, speeds: Speeds | None) -> Iterator[tuple[str, str]]:
+    """What a token moves, and how long that takes."""
     brought, read = ("over the link", "read from its memory") if plan.gpu else ("read from disk", "read from memory")
     rows = [(brought, plan.disk_bytes, speeds and speeds.disk)] if plan.streams else []
     rows.append((read, plan.memory_bytes, speeds and speeds.memory))
@@ -168,12 +193,7 @@ def _moved(plan: Plan, speeds: Speeds | None) -> Table:
         rows.append(("read from RAM", plan.host_bytes, speeds and speeds.host and speeds.host.memory))
     for name, moved, speed in rows:
         at = f", at {speed / 1e9:.1f} GB/s {moved / speed:.2f} s" if speed and isfinite(speed) else ""
-        table.add_row(name, f"{moved / 1e9:.2f} GB a token{at}")
-    if speeds:
-        table.add_row("decode", _expected(plan.decode(speeds)), style="bold")
-        if plan.streams or not plan.gpu:
-            table.add_row("prefill", _expected(plan.prefill(speeds)), style="bold")
-    return table
+        yield name, f"{moved / 1e9:.2f} GB a token{at}"
 
 
 def _expected(expected: Expected) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Callable
 
 from .. import cuda
 from ..config import SWAPS
@@ -11,7 +12,7 @@ from ..errors import MossError
 from ..ops import LowRank
 from ..runtime import jittor
 from ..sizes import parse_size
-from ..swap import plan_for, plan_for_gpu, smallest, spare_memory
+from ..swap import Plan, plan_for, plan_for_gpu, smallest, spare_memory
 from ..swap.plan import in_mib, too_small
 from ..swap.speeds import of_gpu
 from ..weights import Weights
@@ -34,14 +35,15 @@ def open_device(
     device: str = "auto",
     vram: str | int | None = None,
     swap: str = "auto",
+    planned: Callable[[Plan], object] | None = None,
     low_rank: list[LowRank] | None = None,
 ) -> Cuda | Host:
     """The GPU where it is wanted and can be used, within a budget of ``vram``; else the CPU, within a budget of ``ram``.
 
     device: ``"auto"``, ``"cpu"`` or ``"cuda"``. vram: bytes, or a size like ``"6GiB"``, besides what CUDA itself takes; None:
     what is free less a margin. On a GPU ``ram`` is the most for what does not fit there; weights beyond come from disk. swap:
-    what becomes of blocks that do not fit there, as make_plan takes it. low_rank: an adapter, as Host takes it; only the CPU
-    can compute with one.
+    what becomes of blocks that do not fit there, as make_plan takes it. planned: is called with the plan, before weights are
+    brought anywhere. low_rank: an adapter, as Host takes it; only the CPU can compute with one.
     With auto, a line on stderr says why a GPU that is there is not used. Raises MossError, before anything is compiled where
     that can be known, for what is at fault.
     """
@@ -59,15 +61,26 @@ def open_device(
     if jittor(device).has_cuda and device != "cpu":
         try:
             check.check(weights.coding, kv_cache)
-            return _gpu(weights, context, ram, kv_cache, vram, swap)
+            return _gpu(weights, context, ram, kv_cache, vram, swap, planned)
         except MossError as e:
             if device == "cuda" or vram is not None or swap != "auto":
                 raise MossError(f"device cuda: {e}") from None
             print(f"moss-jt: using the CPU: {e}", file=sys.stderr)
-    return Host(weights, context, plan or plan_for(weights, context, ram, kv_cache), kv_cache, low_rank)
+    plan = plan or plan_for(weights, context, ram, kv_cache)
+    if planned:
+        planned(plan)
+    return Host(weights, context, plan, kv_cache, low_rank)
 
 
-def _gpu(weights: Weights, context: int, ram: str | int | None, kv_cache: str, vram: str | int | None, swap: str) -> Cuda:
+def _gpu(
+    weights: Weights,
+    context: int,
+    ram: str | int | None,
+    kv_cache: str,
+    vram: str | int | None,
+    swap: str,
+    planned: Callable[[Plan], object] | None,
+) -> Cuda:
     model, free = (weights.config, weights.coding, context), memory_info()[0]
     budget = parse_size(vram) if vram is not None else max(0, free - _SPARED)
     if budget > free:
@@ -77,6 +90,8 @@ def _gpu(weights: Weights, context: int, ram: str | int | None, kv_cache: str, v
     if vram is None and budget < smallest(*model, *how):
         raise OutOfDeviceMemory(too_small(*model, f"the {in_mib(budget)} of its memory that can be spared", *how))
     plan = plan_for_gpu(weights, context, budget, kv_cache, swap, pinned, lambda: of_gpu(weights.folder, link_bandwidth()))
+    if planned:
+        planned(plan)
     return Cuda(weights, plan, pinned)
 
 

@@ -60,6 +60,7 @@ class Host:
         """``context``: tokens to keep caches for, and ``kv_cache``: in what. ``plan``: which weights are in memory; without
         one, all are mapped. ``low_rank``: an adapter, as Blocks takes it."""
         self._config, self._context, self._kv_cache, self._jt = weights.config, context, kv_cache, jittor()
+        self.plan = plan
         bits, eps = BITS[weights.coding.head_dtype], weights.config.layer_norm_epsilon
         self._blocks = Blocks(weights.config, weights.coding, context, kv_cache, low_rank)
         self._head = _Once(lambda tensors: ops.Head(tensors, bits, eps))

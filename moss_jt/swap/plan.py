@@ -142,7 +142,7 @@ class Plan:
         found = [Step(size + cache, brought[where], numbers, on_host and where in (HOST, EITHER)) for where in self.blocks]
         for first, end in [(0, self.head_rows), *self.head_ranges()]:
             part = parts.rows(head, matrix, first, end)
-            read = sum(span.nbytes for span in part.spans)
+            read = sum(span.nbytes for span in part.spans) if first < end else 0
             found.append(Step(read + kept, read * (first >= self.head_rows), 0))
             kept = 0
         return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 import numpy as np
@@ -33,8 +35,16 @@ class Full:
     def embed_backward(self, ids: np.ndarray, dx) -> None:
         ops.embed_backward(ids, dx, self.wte.gradient)
 
+    def begin(self, backward: bool, dropout: int | None) -> None:
+        """All is in memory."""
+
+    @contextmanager
+    def block(self, i: int, backward: bool) -> Iterator[np.ndarray]:
+        """The table of block i."""
+        yield self._blocks[i]
+
     @cached_property
-    def blocks(self) -> list[np.ndarray]:
+    def _blocks(self) -> list[np.ndarray]:
         return [self._block(f"transformer.h.{i}.") for i in range(self.config.n_layer)]
 
     def _block(self, name: str) -> np.ndarray:
@@ -66,7 +76,9 @@ def _read(weights: Weights) -> dict[str, Parameter]:
     for file, those in pieces(weights.config).items():
         ours = of_region(weights.regions[file])
         for name in dict.fromkeys(piece.official for piece in those):
-            found[name] = np.concatenate([v.read().astype(np.float32) for b in official_bands(those, name, ours) for v in b.views])
+            found[name] = np.concatenate(
+                [v.read().astype(np.float32) for b in official_bands(those, name, ours) for v in b.views]
+            )
     return {name: Parameter(name, found[name], np.zeros_like(found[name])) for name in official_shapes(weights.config)}
 
 

@@ -104,9 +104,7 @@ def load_adapter(folder: str | Path, config: Config) -> tuple[Lora, dict[str, np
     entries, found = read_header(path).entries, {}
     expected = shapes(config, lora)
     if unexpected := entries.keys() - expected.keys():
-        raise MossError(
-            f"{path}: tensor {min(unexpected)} is not one of this adapter's, or its model has more blocks than this one"
-        )
+        raise MossError(f"{path}: tensor {min(unexpected)} belongs to no target of this adapter in a model of this size")
     for name, shape in expected.items():
         if name not in entries:
             raise MossError(f"{path}: tensor {name} is missing")

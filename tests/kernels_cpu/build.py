@@ -98,9 +98,9 @@ def supported(isa: str) -> bool:
     return needs[isa] <= set(flags)
 
 
-def build(isa: str, folder: Path) -> Kernels:
+def build(isa: str, folder: Path, code: str = SOURCE) -> Kernels:
     source, library = folder / f"{isa}.cc", folder / f"{isa}.so"
-    source.write_text(SOURCE)
+    source.write_text(code)
     compiler = os.environ.get("CXX", "g++")
     subprocess.run([compiler, *FLAGS, *ISAS[isa], f"-I{KERNELS}", str(source), "-o", str(library)], check=True)
     with float_environment_kept():
@@ -108,7 +108,7 @@ def build(isa: str, folder: Path) -> Kernels:
 
 
 class Kernels:
-    """Calls ``c_NAME`` of the library: numpy arrays go as pointers, whole numbers as int64, floats as double."""
+    """Calls ``c_NAME`` of the library: numpy arrays and None go as pointers, whole numbers as int64, floats as double."""
 
     def __init__(self, library: ctypes.CDLL):
         self._library = library
@@ -120,7 +120,9 @@ class Kernels:
         def call(*args):
             converted = []
             for a in args:
-                if isinstance(a, np.ndarray):
+                if a is None:
+                    converted.append(ctypes.c_void_p())
+                elif isinstance(a, np.ndarray):
                     assert a.flags.c_contiguous
                     converted.append(ctypes.c_void_p(a.ctypes.data))
                 else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from moss_jt.swap import make_plan, on_device, smallest
 from moss_jt.swap.on_device import OnDevice
+from moss_jt.swap.ring import Ring
+from moss_jt.swap.streamed import Streamed
 
 from . import models
 from .simulated_cuda import Simulated
@@ -76,6 +79,30 @@ def test_whatever_the_timing(weights, seed, share, pinned, sweeps):
         assert not wrong and cuda.taken == allocated
         if lender.streams:
             lender.close()
+
+
+def test_both_tiers_have_one_scheduler(weights, monkeypatch):
+    """What is read from disk into RAM and what is brought to a GPU is asked of the same Ring, in the same order."""
+    asked, follow, lend = [], Ring.follow, Ring.lend
+    monkeypatch.setattr(Ring, "follow", lambda ring, items: (asked.append(list(items)), follow(ring, items))[1])
+    monkeypatch.setattr(Ring, "lend", lambda ring, item: (asked.append(item), lend(ring, item))[1])
+    cuda, gpu = opened(weights, monkeypatch, 3, 0.2, 1 << 30)
+    parts = [*gpu._blocks, *gpu._ranges]
+    assert parts and asked == [parts]
+    sweep(weights, cuda, gpu, True, [])
+    on_gpu = asked[:]
+    asked.clear()
+    blocks = tuple("streamed" if i in gpu._blocks else "resident" for i in range(7))
+    plan = make_plan(weights.config, weights.coding, CONTEXT, smallest(weights.config, weights.coding, CONTEXT))
+    cpu = Streamed(weights, replace(plan, blocks=blocks, head_rows=gpu._ranges[0][0], part_rows=plan.part_rows))
+    cpu.expect(True)
+    for i in range(7):
+        with cpu.block(i):
+            pass
+    assert len(list(cpu.head())) == len(gpu._head)
+    assert asked == on_gpu == [parts, parts, *parts]
+    gpu.close()
+    cpu.close()
 
 
 @pytest.mark.parametrize("mistake", ["no wait for the copy", "no wait for the kernels"])

@@ -1,114 +1,188 @@
-"""Adapters at run time: beside the weights, block by block, on the CPU."""
+"""LoRA's settings and files; streaming; dropout."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-import moss_jt
-from moss_jt.config import Config
-from moss_jt.errors import MossError
-from moss_jt.train.lora import TARGETS, Lora, module, save_adapter, shapes, tensor_names
-from moss_jt.train.merge import plan_merge
-from moss_jt.weights import open_weights
+from moss_jt import MossError
+from moss_jt.train import Lora, Trainee, lender, load_adapter, save_adapter
+from moss_jt.train.lora import shapes
 
-from .. import reference
-from ..checkpoints import random_state, small_config, write_official
-from ..dequantise import official_state
-from ..test_model import error
-from ..tokenizer_folders import official_folder
-
-CONFIG = small_config(n_ctx=64, n_positions=64, vocab_size=400, n_embd=160, n_head=8, n_inner=300)
-SIZES = Config.from_dict(CONFIG)
-LORAS = {
-    "all": Lora(rank=4, alpha=8),
-    "one of each matrix": Lora(rank=3, alpha=2, targets=("qkv_proj", "fc_out")),
-    "first only": Lora(rank=1, alpha=1, targets=("fc_in",)),
-    "second only": Lora(rank=20, alpha=5, targets=("out_proj",)),
-}
-IDS = np.random.default_rng(3).integers(0, 400, 40)
+from .models import batch, model
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    src = official_folder(write_official(folder / "src", CONFIG, random_state(CONFIG, 1), masks=False))
-    for dtype in ("fp16", "int8", "int4"):
-        moss_jt.convert.weights(src, folder / dtype, dtype)
-    for name, lora in LORAS.items():
-        save_adapter(folder / name, lora, tensors(lora))
-    return folder
+@pytest.mark.parametrize(
+    "wrong, text",
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"rank": 2.5}, "rank is 2.5"),
+        ({"alpha": 0}, "alpha is 0"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"alpha": True}, "alpha is True"),
+        ({"dropout": 1}, "dropout is 1"),
+        ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"targets": ()}, "targets are ''"),
+        ({"targets": ("fc_in", "lm_head")}, "expected some of qkv_proj, out_proj, fc_in, fc_out"),
+        ({"targets": ("fc_in", "fc_in")}, "targets are 'fc_in, fc_in'"),
+    ],
+)
+def test_what_makes_no_adapter(wrong, text):
+    with pytest.raises(MossError, match=text):
+        Lora(**wrong)
 
 
-def tensors(lora: Lora) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(2)
-    return {name: (rng.standard_normal(s) / np.sqrt(s[-1])).astype(np.float32) for name, s in shapes(SIZES, lora).items()}
+@pytest.fixture
+def adapter(tmp_path):
+    weights, _, config = model(tmp_path / "model", 1)
+    lora, rng = Lora(3, 6, ("out_proj", "qkv_proj"), 0.25), np.random.default_rng(0)
+    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes(config, lora).items()}
+    save_adapter(tmp_path / "new" / "adapter", lora, tensors, "some/model")
+    return tmp_path / "new" / "adapter", weights, config, lora, tensors
 
 
-def exact(folder, lora: Lora) -> np.ndarray:
-    """Logits in float64: of the stored weights, with the adapter beside them."""
-    state, parts = official_state(open_weights(folder), random_state(CONFIG, 1)), tensors(lora)
-    for i in range(SIZES.n_layer):
-        for target in lora.targets:
-            a, b = (parts[name].astype(np.float64) for name in tensor_names(module(i, target)))
-            state[module(i, target) + ".weight"] = state[module(i, target) + ".weight"] + lora.scale * b @ a
-    return reference.logits(SIZES, state, IDS)
+def test_an_adapter_s_files_come_back_and_are_as_peft_has_them(adapter):
+    folder, _, config, lora, tensors = adapter
+    found, again = load_adapter(folder, config)
+    assert found == lora and again.keys() == tensors.keys() and all((again[name] == x).all() for name, x in tensors.items())
+    theirs = load_file(folder / "adapter.safetensors")
+    assert all((theirs[name] == x).all() for name, x in tensors.items())
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    assert (raw["r"], raw["lora_alpha"], raw["lora_dropout"]) == (3, 6, 0.25)
+    assert raw["target_modules"] == ["out_proj", "qkv_proj"] and raw["base_model_name_or_path"] == "some/model"
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])
-@pytest.mark.parametrize("name", LORAS)
-def test_logits_are_those_of_the_sum(base, dtype, name):
-    expected = exact(base / dtype, LORAS[name])
-    m = moss_jt.load(base / dtype, device="cpu", adapter=base / name)
-    assert error(m.logits(IDS, last=len(IDS)), expected) < 1e-3
-    m.model.sequence.truncate(0)
-    assert error(np.array([m.logits(IDS[: n + 1])[0] for n in range(9)]), expected[:9]) < 1e-3
-    without = moss_jt.load(base / dtype, device="cpu").logits(IDS, last=len(IDS))
-    assert error(without, expected) > 2e-2  # it would show
+def test_damaged_and_unsuitable_adapters_are_refused(adapter):
+    folder, _, config, _, tensors = adapter
+    path, text = folder / "adapter_config.json", (folder / "adapter_config.json").read_text()
+
+    def refused(message: str) -> None:
+        with pytest.raises(MossError, match=message):
+            load_adapter(folder, config)
+
+    raw = json.loads(text)
+    for changes, message in (
+        ({"r": 4}, r"lora_A.weight is F32 \[3, 16\], expected F32 \[4, 16\]"),
+        ({"r": "3"}, "rank is '3'"),
+        ({"lora_alpha": "big"}, "alpha is 'big'"),
+        ({"target_modules": ["qkv_proj"]}, "out_proj.lora_A.weight belongs to no target"),
+        ({"target_modules": ["qkv_proj", "out_proj", "fc_in"]}, "fc_in.lora_A.weight is missing"),
+        ({"target_modules": "all-linear"}, "a list of target_modules"),
+        ({"bias": "all"}, "without biases"),
+        ({"use_dora": True}, "only plain LoRA"),
+        ({"peft_type": "IA3"}, "only plain LoRA"),
+    ):
+        path.write_text(json.dumps({**raw, **changes}))
+        refused(message)
+    for broken in ("", "[]", "{}", text[:40]):
+        path.write_text(broken)
+        refused("damaged, or not an adapter's")
+    path.write_text(text)
+    name = next(iter(tensors))
+    save_adapter(folder, Lora(**_settings(raw)), {**tensors, name: np.full_like(tensors[name], np.nan)})
+    refused("holds NaN")
+    file = folder / "adapter.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    refused("cut short")
+    file.unlink()
+    refused("no such file")
+    path.unlink()
+    refused("is not an adapter's folder")
 
 
-def test_logits_are_those_of_the_merged_folder(base, tmp_path):
-    plan_merge(base / "fp16", base / "all", tmp_path / "merged").run()
-    merged = moss_jt.load(tmp_path / "merged", device="cpu").logits(IDS, last=len(IDS))
-    beside = moss_jt.load(base / "fp16", device="cpu", adapter=base / "all").logits(IDS, last=len(IDS))
-    assert error(beside, merged) < 2e-3  # rounding the sum to fp16
+def _settings(raw: dict) -> dict:
+    return {"rank": raw["r"], "alpha": raw["lora_alpha"], "targets": tuple(raw["target_modules"])}
 
 
-def test_streamed_weights_have_it_too(base):
-    from moss_jt.swap import smallest
-
-    weights = open_weights(base / "fp16")
-    least = smallest(weights.config, weights.coding, 64) + 4096 * 200
-    m = moss_jt.load(base / "fp16", device="cpu", context=64, ram=least, adapter=base / "all")
-    assert m.model.streams
-    assert error(m.logits(IDS, last=len(IDS)), exact(base / "fp16", LORAS["all"])) < 1e-3
+def test_an_adapter_that_cannot_be_written(adapter, tmp_path):
+    _, _, _, lora, tensors = adapter
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MossError, match="cannot be written"):
+        save_adapter(tmp_path / "file" / "adapter", lora, tensors)
 
 
-def test_an_adapter_of_another_model_is_refused(base, tmp_path):
-    other = Config.from_dict(small_config(n_embd=32))
-    save_adapter(tmp_path / "other", LORAS["all"], {n: np.zeros(s, np.float32) for n, s in shapes(other, LORAS["all"]).items()})
-    with pytest.raises(MossError, match=r"adapter\.safetensors: tensor .* expected F32"):
-        moss_jt.load(base / "fp16", device="cpu", adapter=tmp_path / "other")
-    with pytest.raises(MossError, match="adapter_config.json: missing"):
-        moss_jt.load(base / "fp16", device="cpu", adapter=tmp_path)
+def steps(trainee: Trainee, batches: list) -> list[float]:
+    """Losses of some steps of plain gradient descent."""
+    found = []
+    for given in batches:
+        trainee.zero_gradients()
+        found.append(trainee.train(given, 0.01).loss)
+        for p in trainee.parameters.values():
+            np.subtract(p.value, 0.5 * p.gradient, out=p.value)
+    return [*found, trainee.measure(batches[0]).loss]
 
 
-def test_a_gpu_that_is_asked_for_is_refused_with_one(base):
-    with pytest.raises(MossError, match="only the CPU computes with an adapter"):
-        moss_jt.load(base / "fp16", device="cuda", adapter=base / "all")
+def test_streamed_weights_give_the_same_bits(tmp_path, monkeypatch):
+    weights, _, config = model(tmp_path, 5, "int8", n_layer=6, n_embd=64)
+    lora, rng = Lora(dropout=0.1), np.random.default_rng(0)
+    batches = [batch(rng, config.vocab_size, [20, 13]) for _ in range(3)]
+    resident = Trainee(weights, lora)
+    assert not resident.streams
+    losses = steps(resident, batches)
+    block = lender.whole(weights.regions["block-00.safetensors"].tensors).room
+    monkeypatch.setattr(lender, "_PROGRAM", 0)
+    learned = sum(p.value.size for p in resident.parameters.values())
+    fixed = 16 * learned + weights.regions["head.safetensors"].nbytes + lender.work_bytes(config, 300)
+    for room, resident_blocks in ((2, 0), (4, 2), (5, 3)):
+        streamed = Trainee(weights, lora, ram=fixed + room * block)
+        assert streamed.streams and len(streamed.weights.lender._mapped) == resident_blocks
+        assert steps(streamed, batches) == losses
+    assert not Trainee(weights, lora, ram=fixed + 6 * block).streams
+    with pytest.raises(MossError, match=r"on 300 tokens at a time: \d+MiB is the smallest"):
+        Trainee(weights, lora, ram=fixed + 2 * block - 1)
+    with pytest.raises(MossError, match="a batch of 38 tokens is larger than the 30"):
+        Trainee(weights, lora, ram="1GiB", tokens=30).train(batches[0])
 
 
-def test_generate_with_an_adapter(base, capsys):
-    from moss_jt.cli import main
+def test_a_disk_s_error_is_said_and_the_next_batch_tries_again(tmp_path, monkeypatch):
+    weights, _, config = model(tmp_path, 5, n_layer=4)
+    monkeypatch.setattr("moss_jt.train.lender.spare_memory", lambda: 0)
+    trainee, given = Trainee(weights, Lora()), batch(np.random.default_rng(0), config.vocab_size, [9])
+    loss, fetch = trainee.measure(given).loss, lender.Source.fetch
 
-    answers = []
-    for more in ([], ["--adapter", str(base / "all")]):
-        with pytest.raises(SystemExit) as e:
-            main(["generate", "-m", str(base / "fp16"), "--raw", "hello", "--greedy", "--max-new-tokens", "8", "--json", *more])
-        assert not e.value.code
-        answers.append(capsys.readouterr().out)
-    assert answers[0] != answers[1]
+    def fails(source, memory):
+        raise MossError("the disk is gone")
+
+    monkeypatch.setattr(lender.Source, "fetch", fails)
+    for _ in range(2):
+        with pytest.raises(MossError, match="the disk is gone"):
+            trainee.train(given)
+            trainee.train(given)
+    monkeypatch.setattr(lender.Source, "fetch", fetch)
+    assert trainee.train(given).loss == loss
 
 
-def test_all_targets_are_known():
-    assert LORAS["all"].targets == tuple(TARGETS)
+def test_dropout_is_drawn_anew_and_can_be_gone_on_from(tmp_path):
+    weights, _, config = model(tmp_path, 2, n_embd=64, n_head=4)
+    rng = np.random.default_rng(0)
+    trainee, given = Trainee(weights, Lora(dropout=0.5), seed=7), batch(rng, config.vocab_size, [40, 30], 1.0)
+    for p in trainee.parameters.values():
+        p.value[...] = rng.standard_normal(p.value.shape) * 0.05
+    without = trainee.measure(given).loss
+    first, second = trainee.train(given).loss, trainee.train(given).loss
+    assert len({without, first, second}) == 3 and trainee.measure(given).loss == without and trainee.dropout_state == 2
+    trainee.dropout_state = 1
+    assert trainee.train(given).loss == second
+    other = Trainee(weights, Lora(dropout=0.5), seed=8)
+    for name, p in other.parameters.items():
+        p.value[...] = trainee.parameters[name].value
+    assert other.measure(given).loss == without and other.train(given).loss not in (first, second)
+    # The derivative is that of the masks that were drawn.
+    trainee.zero_gradients()
+    trainee.dropout_state = 0
+    trainee.train(given)
+    size = trainee.gradient_norm()
+    before = {name: p.value.copy() for name, p in trainee.parameters.items()}
+    losses = []
+    for way in (1, -1):
+        for name, p in trainee.parameters.items():
+            p.value[...] = before[name] + way * 0.01 / size * p.gradient
+        trainee.dropout_state = 0
+        gradients = {name: p.gradient.copy() for name, p in trainee.parameters.items()}
+        losses.append(trainee.train(given).loss)
+        for name, p in trainee.parameters.items():
+            p.gradient[...] = gradients[name]
+    assert abs(losses[0] - losses[1] - 0.02 * size) < 0.02 * 0.02 * size
