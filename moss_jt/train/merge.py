@@ -15,9 +15,9 @@ from ..convert.mapping import Band
 from ..convert.panels import in_panels
 from ..convert.quantise import quantise
 from ..convert.rows import Matrix
-from ..convert.to_moss_jt import check_apart, our_config
+from ..convert.to_moss_jt import COPIED, check_apart, our_config
 from ..convert.view import View, cast, cast_to_quantise, contiguous, of_region
-from ..tokenizer.files import COPIED
+from ..tokenizer.files import COPIED as TOKENIZER_FILES
 from ..weights import Weights, open_weights
 from ..weights.header import header_bytes
 from ..weights.layout import BITS, FORMAT, GROUP, HEAD_FILE, METADATA, WTE_FILE, Coding, Tensor, block_file, files_of
@@ -41,7 +41,7 @@ def plan_merge(model: Path, adapter: Path, dst: Path, dtype: str = "fp16") -> Jo
     coding = Coding(dtype, "fp16" if dtype == "fp16" else "int8")
     files = files_of(weights.config, coding)
     sizes = {name: len(header_bytes(ts, METADATA)) + sum(t.nbytes for t in ts) for name, ts in files.items()}
-    small = [model / name for name in ("config.json", *COPIED) if (model / name).is_file()]
+    small = [model / name for name in ("config.json", *COPIED, *TOKENIZER_FILES) if (model / name).is_file()]
     sources = [*small, *(r.path for r in weights.regions.values()), adapter / ADAPTER_CONFIG, adapter / ADAPTER_FILE]
     key = {"format": FORMAT, **coding.to_dict()}
     record = {**key, "source": source_record(sources)}

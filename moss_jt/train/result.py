@@ -9,7 +9,7 @@ from typing import Callable
 
 from ..convert import plan_weights
 from ..convert.job import sync, whole_file
-from ..convert.to_moss_jt import official_config
+from ..convert.to_moss_jt import COPIED, official_config
 from ..tokenizer import load_tokenizer, write_tokenizer
 from ..weights import Weights
 from .arrays import fill, write_arrays
@@ -17,7 +17,7 @@ from .lora import Lora, load_adapter, save_adapter
 from .parameter import Parameter
 
 MODEL, ADAPTER = "model", "adapter"  # the folder's name, in a checkpoint and of the result
-_WEIGHTS, _CONFIG, _GENERATION = "model.safetensors", "config.json", "generation_config.json"
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -88,10 +88,11 @@ def write_small_files(base: Path, folder: Path) -> None:
     training data does, where a base model says ``<|endoftext|>``."""
     write_tokenizer(base, folder)
     end = load_tokenizer(base).token_id("<eom>")
-    for name in (_CONFIG, _GENERATION):
+    for name in (_CONFIG, *COPIED):
         if (base / name).is_file():
+            text = (base / name).read_bytes()
             with whole_file(folder / name) as file:
-                file.write(_ending_with(end, official_config((base / name).read_bytes())))
+                file.write(_ending_with(end, official_config(text)) if name.endswith(".json") else text)
 
 
 def _ending_with(end: int | None, text: bytes) -> bytes:
