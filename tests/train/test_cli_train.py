@@ -147,13 +147,13 @@ def test_clipping_and_the_rate_reach_the_optimizer(sft, monkeypatch):
     trainees, optimizers, norms = [], [], []
 
     class Recording(FakeTrainee):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
             trainees.append(self)
 
     class Optimizer(FakeOptimizer):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
             optimizers.append(self)
 
         def step(self, lr):
@@ -177,8 +177,8 @@ def test_the_evaluation_is_the_official_metric(sft, monkeypatch):
     trainees = []
 
     class Recording(FakeTrainee):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
             self.measured = []
             trainees.append(self)
 
