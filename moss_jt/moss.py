@@ -17,6 +17,7 @@ from .meta_instruction import read_meta_instruction
 from .model import Model
 from .plugins import Plugin
 from .sampling import Sampling
+from .sizes import parse_size
 from .stopping import Stop
 from .swap import Plan
 from .tokenizer import load_tokenizer
@@ -32,6 +33,7 @@ def load(
     vram: str | int | None = None,
     swap: str = "auto",
     planned: Callable[[Plan], object] | None = None,
+    adapter: str | Path | None = None,
 ) -> Moss:
     """Open a converted checkpoint for use.
 
@@ -42,7 +44,8 @@ def load(
     that do not fit wait in RAM, or on disk; None: what is free less a margin. swap: what becomes of those: ``"stream"``: they
     are brought for every sweep; ``"host"``: the CPU computes with them; ``"auto"``: what is faster, sweep by sweep;
     ``"unified"``: the driver moves them, told ahead. planned: is called with the plan, what lives where, before weights are
-    brought anywhere.
+    brought anywhere. adapter: the folder of a LoRA adapter that was trained for this model; the CPU computes it beside the
+    weights.
 
     Raises MossError where the folder, the device, a budget or this machine's setup is at fault. The first call on a machine
     compiles for minutes, and says so on stderr.
@@ -52,7 +55,14 @@ def load(
     weights = open_weights(folder)
     tokenizer = load_tokenizer(folder)
     context = min(context, weights.config.n_ctx)
-    on = open_device(weights, context, ram, kv_cache, device, vram, swap, planned)
+    low_rank = None
+    if adapter is not None:
+        from .train.low_rank import LowRankTerms
+
+        low_rank = LowRankTerms(weights.config, Path(adapter)).blocks()
+        if ram is not None:
+            ram = parse_size(ram) - sum(x.nbytes for block in low_rank for both in block for x in both)
+    on = open_device(weights, context, ram, kv_cache, device, vram, swap, planned, low_rank)
     return Moss(Model(weights, context, kv_cache=kv_cache, device=on), tokenizer, read_meta_instruction(folder))
 
 

@@ -24,6 +24,7 @@ from .chat_options import check_options, load_model, shared_options, system_text
 @click.option("--stats", is_flag=True, help="Show the plan, and speeds and memory after each answer.")
 def command(
     model: str,
+    adapter: str | None,
     system: str | None,
     plugins: list[Plugin] | None,
     no_plugins: bool,
@@ -43,7 +44,7 @@ def command(
     check_options(settings)
     plugins = [] if no_plugins else plugins
     system = None if system is None else system_text(system)
-    moss = load_model(model, device, context, ram, kv_cache, vram, swap, stats)
+    moss = load_model(model, device, context, ram, kv_cache, vram, swap, stats, adapter)
     session = Session(moss, system, saved, settings, stats, plugins)
     if session.interactive:
         ui.note(f"MOSS · {Path(model).resolve().name} · context {moss.context}")

@@ -71,6 +71,7 @@ def shared_options(command: Callable) -> Callable:
     """Add the options that say which model, where, and how to choose tokens."""
     options = [
         click.option("-m", "--model", required=True, metavar="DIR", help="Folder of a converted checkpoint."),
+        click.option("--adapter", metavar="DIR", help="Folder of a LoRA adapter that was trained for the model."),
         click.option("--system", type=TEXT, metavar="TEXT|@FILE", help="In place of MOSS's meta instruction."),
         click.option("--plugins", metavar="NAMES", type=PLUGINS, help="What MOSS may call, such as calculator,solver."),
         click.option("--no-plugins", is_flag=True, help="MOSS may call nothing, whatever the system text enables."),
@@ -123,6 +124,7 @@ def load_model(
     vram: int | None,
     swap: str,
     stats: bool = False,
+    adapter: str | None = None,
 ) -> Any:
     """The model in ``folder``; at a terminal, a line says what is being waited for; with ``stats``, lines say what will live
     where, before it is brought there. Raises MossError."""
@@ -133,7 +135,8 @@ def load_model(
     if ui.is_terminal(sys.stderr):
         ui.note(f"Loading {folder} …")
     budgets = {"context": context, "ram": ram, "kv_cache": kv_cache, "vram": vram, "swap": swap}
-    return load(folder, device=device, planned=partial(_tell, Path(folder)) if stats else None, **budgets)
+    tell = partial(_tell, Path(folder)) if stats else None
+    return load(folder, device=device, planned=tell, adapter=adapter, **budgets)
 
 
 def _tell(folder: Path, plan: Any) -> None:

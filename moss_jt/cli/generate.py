@@ -27,6 +27,7 @@ from .chat_options import TEXT, as_utf8, check_options, load_model, shared_optio
 def command(
     prompt: str | None,
     model: str,
+    adapter: str | None,
     system: str | None,
     plugins: list[Plugin] | None,
     no_plugins: bool,
@@ -53,7 +54,7 @@ def command(
     text = text if raw else text.strip()
     if not text:
         raise MossError("the prompt is empty")
-    moss = load_model(model, device, context, ram, kv_cache, vram, swap, stats)
+    moss = load_model(model, device, context, ram, kv_cache, vram, swap, stats, adapter)
     settings["stop"] = _stops(moss, stop)
     pieces = moss.generate(text, **settings) if raw else moss.chat(system, plugins).send(text, told=ui.ran, **settings)
     with closing(pieces):

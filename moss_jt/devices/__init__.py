@@ -9,6 +9,7 @@ from .. import cuda
 from ..config import SWAPS
 from ..cudart import OutOfDeviceMemory, link_bandwidth, memory_info
 from ..errors import MossError
+from ..ops import LowRank
 from ..runtime import jittor
 from ..sizes import parse_size
 from ..swap import Plan, plan_for, plan_for_gpu, smallest, spare_memory
@@ -35,13 +36,14 @@ def open_device(
     vram: str | int | None = None,
     swap: str = "auto",
     planned: Callable[[Plan], object] | None = None,
+    low_rank: list[LowRank] | None = None,
 ) -> Cuda | Host:
     """The GPU where it is wanted and can be used, within a budget of ``vram``; else the CPU, within a budget of ``ram``.
 
     device: ``"auto"``, ``"cpu"`` or ``"cuda"``. vram: bytes, or a size like ``"6GiB"``, besides what CUDA itself takes; None:
     what is free less a margin. On a GPU ``ram`` is the most for what does not fit there; weights beyond come from disk. swap:
     what becomes of blocks that do not fit there, as make_plan takes it. planned: is called with the plan, before weights are
-    brought anywhere.
+    brought anywhere. low_rank: an adapter, as Host takes it; only the CPU can compute with one.
     With auto, a line on stderr says why a GPU that is there is not used. Raises MossError, before anything is compiled where
     that can be known, for what is at fault.
     """
@@ -50,6 +52,11 @@ def open_device(
     if (vram is not None or swap != "auto") and not wants_gpu(device):
         what = f"swap {swap}" if vram is None else "a budget of VRAM"
         raise MossError(f"{what} is given, but the CPU computes: there is no GPU, or --device is cpu")
+    if low_rank and wants_gpu(device):
+        if device == "cuda" or vram is not None or swap != "auto":
+            raise MossError("device cuda: only the CPU computes with an adapter; moss-jt train merge puts it into the weights")
+        print("moss-jt: using the CPU, as an adapter needs; moss-jt train merge puts it into the weights", file=sys.stderr)
+        device = "cpu"
     plan = None if wants_gpu(device) else plan_for(weights, context, ram, kv_cache)
     if jittor(device).has_cuda and device != "cpu":
         try:
@@ -62,7 +69,7 @@ def open_device(
     plan = plan or plan_for(weights, context, ram, kv_cache)
     if planned:
         planned(plan)
-    return Host(weights, context, plan, kv_cache)
+    return Host(weights, context, plan, kv_cache, low_rank)
 
 
 def _gpu(

@@ -20,18 +20,22 @@ from .sweep import Sweep
 class Blocks:
     """Blocks as the CPU computes them, for a model of these sizes."""
 
-    def __init__(self, config: Config, coding: Coding, context: int, kv_cache: str):
-        ops.prepare(coding, kv_cache)
+    def __init__(self, config: Config, coding: Coding, context: int, kv_cache: str, low_rank: list[ops.LowRank] | None = None):
+        """``low_rank``: what is added to the weights of each block, numpy arrays in place of Vars."""
+        self._arrays = low_rank or [ops.LowRank()] * config.n_layer  # kept, because Vars do not keep their memory alive
+        ops.prepare(coding, kv_cache, tuple(map(bool, self._arrays[0])))
+        wrap = jittor().core.reuse_np_array
+        self._low_rank = [ops.LowRank(*(tuple(map(wrap, those)) for those in each)) for each in self._arrays]
         self._block = _Once(lambda tensors: ops.Block(tensors, BITS[coding.dtype], config.layer_norm_epsilon))
         self._angles, self._context = jittor().array(ops.rotary_angles(context, config.rotary_dim)), context
 
     def __call__(self, x: np.ndarray, table: np.ndarray, places: int, blocks: Iterable[tuple]) -> np.ndarray:
-        """The state float32 (T, D) after the blocks, of each of which come a loan of its weights and its layer of a cache of so
-        many ``places``. table: as ops.sequences takes it."""
+        """The state float32 (T, D) after the first blocks, of each of which come a loan of its weights and its layer of a cache
+        of so many ``places``. table: as ops.sequences takes it."""
         state, rows = jittor().array(x), ops.sequences(table, len(x), places, self._context)
-        for loan, layer in blocks:
+        for (loan, layer), more in zip(blocks, self._low_rank):
             with loan as tensors:
-                state = self._block(tensors)(state, self._angles, layer, rows)
+                state = self._block(tensors)(state, self._angles, layer, rows, more)
         return state.numpy()
 
 
@@ -45,13 +49,20 @@ def layers_of(memory: list[np.ndarray]) -> list[list]:
 class Host:
     """The CPU. Not for use by several threads at once."""
 
-    def __init__(self, weights: Weights, context: int, plan: Plan | None = None, kv_cache: str = "fp16"):
+    def __init__(
+        self,
+        weights: Weights,
+        context: int,
+        plan: Plan | None = None,
+        kv_cache: str = "fp16",
+        low_rank: list[ops.LowRank] | None = None,
+    ):
         """``context``: tokens to keep caches for, and ``kv_cache``: in what. ``plan``: which weights are in memory; without
-        one, all are mapped."""
+        one, all are mapped. ``low_rank``: an adapter, as Blocks takes it."""
         self._config, self._context, self._kv_cache, self._jt = weights.config, context, kv_cache, jittor()
         self.plan = plan
         bits, eps = BITS[weights.coding.head_dtype], weights.config.layer_norm_epsilon
-        self._blocks = Blocks(weights.config, weights.coding, context, kv_cache)
+        self._blocks = Blocks(weights.config, weights.coding, context, kv_cache, low_rank)
         self._head = _Once(lambda tensors: ops.Head(tensors, bits, eps))
         self.weights = lender(weights, plan)
 
