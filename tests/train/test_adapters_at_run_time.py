@@ -111,4 +111,3 @@ def test_generate_with_an_adapter(base, capsys):
         assert not e.value.code
         answers.append(capsys.readouterr().out)
     assert answers[0] != answers[1]
-
