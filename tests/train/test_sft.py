@@ -128,5 +128,6 @@ def test_the_trained_checkpoint_learns_on(official_checkpoint, golden, tmp_path,
         write(tmp_path / f"data/{name}.jsonl", golden_dialogues(golden, load_tokenizer("tiny"))[:3])
     more = "--learning_rate 1e-4 --n_epochs 4 --train_bsz_per_gpu 3 --eval_step 1".split()  # noqa: SIM905
     run("train", "sft", "-m", "tiny", "--data_dir", "data", "--output_dir", "out", *more)
-    evaluated = [r["val_loss"] for r in metrics("out") if "val_loss" in r]
-    assert len(evaluated) == 4 and evaluated[-1] < 0.8 * evaluated[0] < 0.1
+    losses, evaluated = ([r[key] for r in metrics("out") if key in r] for key in ("loss", "val_loss"))
+    assert losses[0] < 0.1  # of all the dialogues, before the first step
+    assert evaluated == sorted(evaluated, reverse=True) and evaluated[-1] < 0.8 * losses[0]
