@@ -9,6 +9,7 @@ import moss_jt
 from moss_jt.config import Config
 from moss_jt.errors import MossError
 from moss_jt.train.lora import Lora, module, save_adapter, shapes, tensor_names
+from moss_jt.train.low_rank import LowRankTerms
 from moss_jt.train.merge import plan_merge
 from moss_jt.weights import open_weights
 
@@ -18,7 +19,7 @@ from ..dequantise import official_state
 from ..test_model import error
 from ..tokenizer_folders import official_folder
 
-CONFIG = small_config(n_ctx=64, n_positions=64, vocab_size=400, n_embd=160, n_head=8, n_inner=300)
+CONFIG = small_config(n_layer=5, n_ctx=64, n_positions=64, vocab_size=400, n_embd=160, n_head=8, n_inner=300)
 SIZES = Config.from_dict(CONFIG)
 LORAS = {
     "all": Lora(rank=4, alpha=8),
@@ -81,7 +82,8 @@ def test_streamed_weights_have_it_too(base):
     from moss_jt.swap import smallest
 
     weights = open_weights(base / "fp16")
-    least = smallest(weights.config, weights.coding, 64) + 4096 * 200
+    terms = LowRankTerms(weights.config, base / "all").blocks()
+    least = smallest(weights.config, weights.coding, 64) + sum(x.nbytes for block in terms for both in block for x in both)
     m = moss_jt.load(base / "fp16", device="cpu", context=64, ram=least, adapter=base / "all")
     assert m.model.streams
     assert error(m.logits(IDS, last=len(IDS)), exact(base / "fp16", LORAS["all"])) < 1e-3
