@@ -138,12 +138,13 @@ class Plan:
         numbers = (3 * c.n_embd + c.n_inner) * c.n_embd + c.n_embd * (c.n_embd + c.n_inner)
         cache = c.cache_bytes_per_token(self.kv_cache) // c.n_layer * self.context // 2  # half full
         size = sum(t.nbytes for t in block)
-        brought = {RESIDENT: 0, STREAMED: size, HOST: 0, EITHER: 0 if on_host else size + cache}
+        ways = 2 if self.swap == "unified" else 1  # pages go back, too
+        brought = {RESIDENT: 0, STREAMED: ways * size, HOST: 0, EITHER: 0 if on_host else size + cache}
         found = [Step(size + cache, brought[where], numbers, on_host and where in (HOST, EITHER)) for where in self.blocks]
         for first, end in [(0, self.head_rows), *self.head_ranges()]:
             part = parts.rows(head, matrix, first, end)
             read = sum(span.nbytes for span in part.spans) if first < end else 0
-            found.append(Step(read + kept, read * (first >= self.head_rows), 0))
+            found.append(Step(read + kept, ways * read * (first >= self.head_rows), 0))
             kept = 0
         return found
 

@@ -98,7 +98,7 @@ class Simulated:
         self.Memory, self.Managed, self.Stream, self.Event = Memory, Managed, Stream, Event
 
     def pinned(self, nbytes: int) -> np.ndarray:
-        self._pinned.append(np.full(nbytes, 0xEE, np.uint8))
+        self._pinned.append(np.full(nbytes, 0xFF, np.uint8))  # not a number, in halves and floats
         return self._pinned[-1]
 
     def to_device(self, pointer: int, source: np.ndarray, stream=None) -> None:
