@@ -126,3 +126,18 @@ def test_golden_dialogues(official_checkpoint, golden, tmp_path, name, kv_cache)
                 exact = stored[f"logits{k}"]
                 known = exact > -5000
                 assert error(m.logits(stored[f"ids{k}"].tolist(), 4)[known], exact[known]) < 3e-3
+
+
+@pytest.mark.parametrize("swap", ["auto", "stream", "host"])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_golden_dialogues_within_budgets(official_checkpoint, golden, tmp_path, swap, share):
+    """In every mode and budget the same ids."""
+    folder = moss_jt.convert.weights(official_checkpoint("moss-tiny-sft"), tmp_path / "model")
+    weights = open_weights(folder)
+    model, how = (weights.config, weights.coding, 600), ("fp16", True, swap, 1 << 40)
+    least, most = smallest(*model, *how), make_plan(*model, 1 << 60, *how).peak
+    m = moss_jt.load(folder, device="cuda", context=600, vram=least + int(share * (most - least)), swap=swap)
+    records = [r for name in ("dialogues.json", "turns.json") for r in json.loads((golden / name).read_text())]
+    for record in records:
+        answer = m.generate(record["prompt_ids"], greedy=True, max_new_tokens=len(record["greedy_ids"]))
+        assert [piece.id for piece in answer] == record["greedy_ids"]
