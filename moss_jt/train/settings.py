@@ -61,7 +61,9 @@ class Settings:
     @property
     def deciding(self) -> dict:
         """The settings on which every number of the training depends: those that a resumed one must share."""
-        return {**{name: getattr(self, name) for name in _DECIDING}, "lora": asdict(self.lora) if self.lora else None}
+        found = {name: getattr(self, name) for name in _DECIDING}
+        # Within a budget batches are divided, so sums are taken, and dropout is drawn, in another order.
+        return {**found, "ram": "limited" if self.ram else "unlimited", "lora": asdict(self.lora) if self.lora else None}
 
 
 _LARGEST_SEED = 2**32 - 1  # numpy's

@@ -106,7 +106,6 @@ def make(prepared: Prepared) -> tuple[Any, Any]:
     """The trainee and its optimizer."""
     from . import AdamW, Trainee
 
-    s, data = prepared.settings, [d for d in (prepared.train, prepared.val) if d is not None]
-    most = max(s.train_bsz_per_gpu, s.eval_bsz_per_gpu) * max(int(d.lengths.max()) for d in data)
-    trainee = Trainee(prepared.weights, s.lora, "cpu", s.ram, seed=s.seed, tokens=most)
+    s = prepared.settings
+    trainee = Trainee(prepared.weights, s.lora, ram=s.ram, seed=s.seed)
     return trainee, AdamW(trainee.parameters, s.learning_rate, s.weight_decay)
