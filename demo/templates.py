@@ -1,0 +1,139 @@
+"""Questions and answers from the files in dialogues/: subjects with ways to ask and answers, expanded at random.
+
+A file has subjects (``== name``), each with questions (``? …``) and answers (``> …``). ``(a|b|)`` is one of these, and may lie
+inside another; ``[topic]`` is an item of that list; ``{n=4..64}`` is a number and ``{d=int8|int4}`` a word, which the answer
+repeats where it has ``{n}`` and ``{d}``.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "dialogues"
+_INNERMOST = re.compile(r"\(([^()]*\|[^()]*)\)")
+_SLOT = re.compile(r"\{(\w)=([^}]*)\}")
+_LIST = re.compile(r"\[(\w+)\]")
+
+
+@dataclass
+class Subject:
+    name: str
+    questions: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+
+
+def read_subjects(path: Path) -> list[Subject]:
+    """The subjects of a file. Raises ValueError, naming the line, for one that is none of the above."""
+    subjects: list[Subject] = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        mark, _, rest = line.partition(" ")
+        if mark == "==":
+            subjects.append(Subject(rest))
+        elif mark == "?" and subjects:
+            subjects[-1].questions.append(rest)
+        elif mark == ">" and subjects:
+            subjects[-1].answers.append(rest)
+        elif line and mark != "#":
+            raise ValueError(f"{path}, line {number}: {line!r}")
+    return subjects
+
+
+def read_lists(path: Path) -> dict[str, list[str]]:
+    """Lists of words, each ``== name`` and a line of items."""
+    lines = path.read_text("utf-8").splitlines()
+    return {name[3:]: items.split("|") for name, items in zip(lines[::2], lines[1::2])}
+
+
+def expand(template: str, lists: dict[str, list[str]], rng: random.Random) -> tuple[str, dict[str, str]]:
+    """One text of a template, and what its slots were filled with."""
+    text = _LIST.sub(lambda found: rng.choice(lists[found[1]]), template)
+    while (found := _INNERMOST.search(text)) is not None:
+        text = text[: found.start()] + rng.choice(found[1].split("|")) + text[found.end() :]
+    slots: dict[str, str] = {}
+
+    def fill(found: re.Match[str]) -> str:
+        low, dots, high = found[2].partition("..")
+        slots[found[1]] = str(rng.randint(int(low), int(high))) if dots else rng.choice(found[2].split("|"))
+        return slots[found[1]]
+
+    text = _SLOT.sub(fill, text)
+    return re.sub(r" +", " ", text).strip(), slots
+
+
+class Topics:
+    """What a language's files hold: ``turn`` gives a question and an answer."""
+
+    def __init__(self, language: str):
+        self.chinese = language == "zh"
+        self.lists = read_lists(FOLDER / f"{language}_lists.txt")
+        self.tool = read_subjects(FOLDER / f"{language}_tool.txt")
+        self.talk = read_subjects(FOLDER / f"{language}_talk.txt")
+
+    def turn(self, rng: random.Random) -> tuple[str, str]:
+        subject = rng.choice(self.tool if rng.random() < 0.62 else self.talk)
+        # What it cannot answer has no end, so it is asked more often.
+        if subject.name not in ("knowledge", "advice", "dangerous") and rng.random() < 0.1:
+            name = rng.choice(("knowledge", "knowledge", "advice", "dangerous"))
+            subject = next(s for s in self.talk if s.name == name)
+        question, slots = self.ask(rng.choice(subject.questions), rng)
+        answer = rng.choice(subject.answers)
+        for name, value in slots.items():
+            answer = answer.replace("{" + name + "}", value)
+        return (as_written_zh if self.chinese else as_written)(question, rng), answer
+
+    def ask(self, template: str, rng: random.Random) -> tuple[str, dict[str, str]]:
+        """One of a question's wordings, and what its slots were filled with."""
+        return expand(template, self.lists, rng)
+
+
+# ---- as people write --------------------------------------------------------------------------------------------------------
+
+_ASKS = re.compile(r"^(what|how|who|which|where|why|can|do|does|is|are|will|when|should|may|did|was|were|am|could|has|have)\b")
+_BEFORE = ("hi, ", "hello, ", "hey, ", "please tell me: ", "i have a question: ", "ok, ", "so ", "and ", "moss, ", "tell me, ", "sorry, ")
+_AFTER = (" please", ", please", " thanks", " now", " here", " exactly", " then", " in moss-jt")
+_BEFORE_ZH = ("请问", "请问一下，", "你好，", "那么", "我想知道", "想问一下，", "那", "麻烦问一下，", "嗨，", "问一下，", "我想问，")
+_AFTER_ZH = ("呢", "啊", "呀", "，谢谢", "，请告诉我", "？谢谢")
+
+
+def as_written(question: str, rng: random.Random, careful: bool = False) -> str:
+    """With or without a polite word, a capital, a question mark, and, unless careful, now and then a slip of the fingers."""
+    asks = bool(_ASKS.match(question))
+    if rng.random() < 0.12 and len(question) > 8:
+        question = rng.choice(_BEFORE) + question
+    if asks and not careful and rng.random() < 0.06:
+        question += rng.choice(_AFTER)
+    if not careful and rng.random() < 0.1:
+        question = slip(question, rng)
+    if rng.random() < 0.5:
+        question = question[0].upper() + question[1:]
+        question = re.sub(r"\bi\b", "I", question)
+    if question[-1].isalnum():
+        question += rng.choice(("?", "?", "?", "", " ?") if asks else ("", "", "", ".", "!", "?"))
+    return question
+
+
+def as_written_zh(question: str, rng: random.Random, careful: bool = False) -> str:
+    """The same in Chinese, where a character may be missing."""
+    if rng.random() < 0.15 and len(question) > 3:
+        question = rng.choice(_BEFORE_ZH) + question
+    if rng.random() < 0.08 and len(question) > 3 and question[-1] not in "吗呢吧？":
+        question += rng.choice(_AFTER_ZH)
+    if not careful and rng.random() < 0.1 and len(question) > 5:
+        cut = rng.randrange(len(question))
+        if "\u4e00" <= question[cut] <= "\u9fff":
+            question = question[:cut] + question[cut + 1 :]
+    if question[-1] not in "？。！，?!.":
+        question += rng.choice(("？", "？", "？", "", "?", "。"))
+    return question
+
+
+def slip(text: str, rng: random.Random) -> str:
+    """The text with a letter left out, doubled, or exchanged with the next."""
+    letters = [i for i in range(1, len(text) - 1) if text[i].isalpha() and text[i + 1].isalpha()]
+    if not letters:
+        return text
+    i = rng.choice(letters)
+    return text[:i] + rng.choice(("", text[i] * 2, text[i + 1] + text[i])) + text[i + (rng.random() < 0.5) + 1 :]
