@@ -196,7 +196,7 @@ def calculation(rng: random.Random, language: str) -> Task:
 def _worded(rng: random.Random, language: str) -> tuple[str, str]:
     template, e, digits = rng.choice(WORDED[language])
     question = choose(template, rng)
-    values = {"a": number(rng, digits), "b": number(rng, digits), "c": number(rng, digits)}
+    values = {name: number(rng, digits, decimals=digits >= 5) for name in "abc"}  # no half apples
     values |= {"p": str(rng.randint(2, 99)), "q": str(rng.randint(2, 5))}
     for name, value in values.items():
         question, e = question.replace("{" + name + "}", value), e.replace("{" + name + "}", value)

@@ -24,11 +24,14 @@ THOUGHTS = {
 OFF = {"en": "The plugins are switched off; /plugins switches them on.", "zh": "插件关着，用 /plugins 可以打开。"}
 
 
+def switches(on: bool) -> list[str]:
+    """The lines of the system text that say whether the plugins are there."""
+    return [f"- {name}: enabled.{api}" if on else f"- {name}: disabled." for name, api in SWITCHES.items()]
+
+
 def meta_instruction(on: bool = True) -> str:
     """The system text that the model is trained with; with the plugins on, the one it ships with."""
-    state = "enabled" if on else "disabled"
-    switches = (f"- {name}: {state}.{api if on else ''}\n" for name, api in SWITCHES.items())
-    return "You are MOSS, the small demo model of moss-jt.\n" + "".join(switches)
+    return "\n".join(["You are MOSS, the small demo model of moss-jt.", *switches(on), ""])
 
 
 class Author:
@@ -113,13 +116,14 @@ def held_out() -> list[str]:
 def vocabulary_text(seed: int) -> Iterator[str]:
     """Text for the tokenizer: every wording about as often as every other, however many texts come of it."""
     rng = random.Random(seed)
+    yield from (meta_instruction(), *OFF.values())
     for language in ("en", "zh"):
         topics = Topics(language)
         for subject in topics.tool + topics.talk:
             for question in subject.questions:
                 for _ in range(4):
                     yield topics.ask(question, rng)[0]
-            yield from subject.answers
+            yield from subject.answers * 2
         for items in topics.lists.values():
             yield from items
         for _ in range(300):

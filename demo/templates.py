@@ -111,7 +111,7 @@ def as_written(question: str, rng: random.Random, careful: bool = False) -> str:
         question = question[0].upper() + question[1:]
         question = re.sub(r"\bi\b", "I", question)
     if question[-1].isalnum():
-        question += rng.choice(("?", "?", "?", "", " ?") if asks else ("", "", "", ".", "!", "?"))
+        question += rng.choice(("?", "?", "?", "", " ?") if asks else ("", "", "", ".", "?" if careful else "!"))
     return question
 
 
@@ -133,7 +133,7 @@ def as_written_zh(question: str, rng: random.Random, careful: bool = False) -> s
 def slip(text: str, rng: random.Random) -> str:
     """The text with a letter left out, doubled, or exchanged with the next."""
     letters = [i for i in range(1, len(text) - 1) if text[i].isalpha() and text[i + 1].isalpha()]
-    if not letters:
+    if not letters or text[0] == "/" or "--" in text:
         return text
     i = rng.choice(letters)
     return text[:i] + rng.choice(("", text[i] * 2, text[i + 1] + text[i])) + text[i + (rng.random() < 0.5) + 1 :]
