@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from arithmetic import Task, calculation, equation, going_on
-from templates import FOLDER, Topics, as_written, as_written_zh
+from templates import FOLDER, Topics
 
 SWITCHES = {
     "Inner thoughts": "",
@@ -21,17 +21,22 @@ THOUGHTS = {
     "en": {"": "None", "Calculate": "I should calculate this.", "Solve": "I should solve this."},
     "zh": {"": "None", "Calculate": "需要计算。", "Solve": "需要解方程。"},
 }
-OFF = {"en": "The plugins are switched off; /plugins switches them on.", "zh": "插件关着，用 /plugins 可以打开。"}
+OFF = {"en": "My plugin for that is off; /plugins default switches it on.", "zh": "这个插件关着，/plugins default 可以打开。"}
+BOTH = ("Calculate", "Solve")
 
 
-def switches(on: bool) -> list[str]:
-    """The lines of the system text that say whether the plugins are there."""
-    return [f"- {name}: enabled.{api}" if on else f"- {name}: disabled." for name, api in SWITCHES.items()]
+def switches(plugins: tuple[str, ...] = BOTH) -> list[str]:
+    """The lines of the system text that say which plugins there are."""
+    found = []
+    for name, api in SWITCHES.items():
+        on = plugins and (not api or any(plugin in api for plugin in plugins))
+        found.append(f"- {name}: enabled.{api}" if on else f"- {name}: disabled.")
+    return found
 
 
-def meta_instruction(on: bool = True) -> str:
-    """The system text that the model is trained with; with the plugins on, the one it ships with."""
-    return "\n".join(["You are MOSS, the small demo model of moss-jt.", *switches(on), ""])
+def meta_instruction(plugins: tuple[str, ...] = BOTH) -> str:
+    """The system text that the model is trained with; the one it ships with has both plugins."""
+    return "\n".join(["You are MOSS, the small demo model of moss-jt.", *switches(plugins), ""])
 
 
 class Author:
@@ -45,7 +50,8 @@ class Author:
     def conversation(self) -> dict:
         """One, in the official format."""
         rng = self._rng
-        language, on = rng.choice(("en", "zh")), rng.random() > 0.05
+        language = rng.choice(("en", "zh"))
+        plugins = rng.choices((BOTH, (), BOTH[:1], BOTH[1:]), (91, 5, 2, 2))[0]
         turns: list[dict[str, str]] = []
         last = None  # the last result, where it is a whole number and was in the turn before
         for _ in range(rng.choice((1, 2, 3, 3, 4, 4))):
@@ -54,13 +60,18 @@ class Author:
             task = self._task(language, last)
             if task is None:
                 question, answer = self._question(language)
-                turns.append(_turn(question, None, answer, language, on))
+                turns.append(_turn(question, None, answer, language, plugins))
             else:
-                turns.append(_turn(task.question, task, task.answer, language, on))
-            whole = task is not None and on and task.plugin == "Calculate" and re.fullmatch(r"\d{1,7}(\.0)?", task.result)
+                turns.append(_turn(task.question, task, task.answer, language, plugins))
+            whole = (
+                task is not None
+                and "Calculate" in plugins
+                and task.plugin == "Calculate"
+                and re.fullmatch(r"\d{1,7}(\.0)?", task.result)
+            )
             last = task.result.partition(".")[0] if whole else None
         chat = {f"turn_{i}": turn for i, turn in enumerate(turns, 1)}
-        return {"meta_instruction": meta_instruction(on), "num_turns": len(turns), "chat": chat}
+        return {"meta_instruction": meta_instruction(plugins), "num_turns": len(turns), "chat": chat}
 
     def _task(self, language: str, last: str | None) -> Task | None:
         rng = self._rng
@@ -74,7 +85,7 @@ class Author:
                 task = equation(rng, language)
             else:
                 return None
-            task.question = (as_written if language == "en" else as_written_zh)(task.question, rng, careful=True)
+            task.question = self._topics[language].as_written(task.question, rng, careful=True)
             if normalised(task.question) not in self._forbidden:
                 return task
 
@@ -85,14 +96,14 @@ class Author:
                 return question, answer
 
 
-def _turn(question: str, task: Task | None, answer: str, language: str, on: bool) -> dict[str, str]:
+def _turn(question: str, task: Task | None, answer: str, language: str, plugins: tuple[str, ...]) -> dict[str, str]:
+    if task and task.plugin not in plugins:
+        task, answer = None, OFF[language]
     turn = {"Human": f"<|Human|>: {question}<eoh>\n"}
-    if on:
+    if plugins:
         turn["Inner Thoughts"] = f"<|Inner Thoughts|>: {THOUGHTS[language][task.plugin if task else '']}<eot>\n"
         turn["Commands"] = f"<|Commands|>: {task.command if task else 'None'}<eoc>\n"
         turn["Tool Responses"] = f"<|Results|>:\n{task.response}\n<eor>\n" if task else "<|Results|>: None<eor>\n"
-    elif task:
-        answer = OFF[language]
     return {**turn, "MOSS": f"<|MOSS|>: {answer}<eom>\n"}
 
 

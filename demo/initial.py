@@ -33,7 +33,8 @@ def weights(vocabulary: int, seed: int) -> dict[str, np.ndarray]:
             "mlp.fc_out.weight": (d, 4 * d), "mlp.fc_out.bias": (d,),
         }  # fmt: skip
         shapes |= {f"transformer.h.{i}.{name}": shape for name, shape in block.items()}
-    shapes |= {"transformer.ln_f.weight": (d,), "transformer.ln_f.bias": (d,), "lm_head.weight": (vocabulary, d), "lm_head.bias": (vocabulary,)}
+    shapes |= {"transformer.ln_f.weight": (d,), "transformer.ln_f.bias": (d,)}
+    shapes |= {"lm_head.weight": (vocabulary, d), "lm_head.bias": (vocabulary,)}
     rng = np.random.default_rng(seed)
     found = {}
     for name, shape in shapes.items():

@@ -43,7 +43,7 @@ def write_data(folder: Path) -> None:
 
 def write_initial(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    ids = vocabulary.train(vocabulary_text(SEED), VOCABULARY, [*switches(True), *switches(False)], folder / "tokenizer.model")
+    ids = vocabulary.train(vocabulary_text(SEED), VOCABULARY, [*switches(), *switches(())], folder / "tokenizer.model")
     initial.write(folder, VOCABULARY, ids("<|endoftext|>"), ids("<eom>"), SEED)
 
 

@@ -41,17 +41,27 @@ def read_subjects(path: Path) -> list[Subject]:
     return subjects
 
 
-def read_lists(path: Path) -> dict[str, list[str]]:
-    """Lists of words, each ``== name`` and a line of items."""
-    lines = path.read_text("utf-8").splitlines()
-    return {name[3:]: items.split("|") for name, items in zip(lines[::2], lines[1::2])}
+def read_sections(path: Path) -> dict[str, list[str]]:
+    """Lines below each ``== name``."""
+    sections: dict[str, list[str]] = {}
+    for line in path.read_text("utf-8").splitlines():
+        if line.startswith("== "):
+            sections[line[3:]] = []
+        elif line and line[0] != "#":
+            sections[list(sections)[-1]].append(line)
+    return sections
+
+
+def choose(template: str, rng: random.Random) -> str:
+    """The template with one of each (a|b), the innermost first."""
+    while (found := _INNERMOST.search(template)) is not None:
+        template = template[: found.start()] + rng.choice(found[1].split("|")) + template[found.end() :]
+    return template
 
 
 def expand(template: str, lists: dict[str, list[str]], rng: random.Random) -> tuple[str, dict[str, str]]:
     """One text of a template, and what its slots were filled with."""
-    text = _LIST.sub(lambda found: rng.choice(lists[found[1]]), template)
-    while (found := _INNERMOST.search(text)) is not None:
-        text = text[: found.start()] + rng.choice(found[1].split("|")) + text[found.end() :]
+    text = choose(_LIST.sub(lambda found: rng.choice(lists[found[1]]), template), rng)
     slots: dict[str, str] = {}
 
     def fill(found: re.Match[str]) -> str:
@@ -68,7 +78,7 @@ class Topics:
 
     def __init__(self, language: str):
         self.chinese = language == "zh"
-        self.lists = read_lists(FOLDER / f"{language}_lists.txt")
+        self.lists = {name: lines[0].split("|") for name, lines in read_sections(FOLDER / f"{language}_lists.txt").items()}
         self.tool = read_subjects(FOLDER / f"{language}_tool.txt")
         self.talk = read_subjects(FOLDER / f"{language}_talk.txt")
 
@@ -82,7 +92,11 @@ class Topics:
         answer = rng.choice(subject.answers)
         for name, value in slots.items():
             answer = answer.replace("{" + name + "}", value)
-        return (as_written_zh if self.chinese else as_written)(question, rng), answer
+        return self.as_written(question, rng), answer
+
+    def as_written(self, question: str, rng: random.Random, careful: bool = False) -> str:
+        """A question as people write them; careful: without slips, which would change a number."""
+        return (as_written_zh if self.chinese else as_written)(question, self, rng, careful)
 
     def ask(self, template: str, rng: random.Random) -> tuple[str, dict[str, str]]:
         """One of a question's wordings, and what its slots were filled with."""
@@ -92,19 +106,15 @@ class Topics:
 # ---- as people write --------------------------------------------------------------------------------------------------------
 
 _ASKS = re.compile(r"^(what|how|who|which|where|why|can|do|does|is|are|will|when|should|may|did|was|were|am|could|has|have)\b")
-_BEFORE = ("hi, ", "hello, ", "hey, ", "please tell me: ", "i have a question: ", "ok, ", "so ", "and ", "moss, ", "tell me, ", "sorry, ")
-_AFTER = (" please", ", please", " thanks", " now", " here", " exactly", " then", " in moss-jt")
-_BEFORE_ZH = ("请问", "请问一下，", "你好，", "那么", "我想知道", "想问一下，", "那", "麻烦问一下，", "嗨，", "问一下，", "我想问，")
-_AFTER_ZH = ("呢", "啊", "呀", "，谢谢", "，请告诉我", "？谢谢")
 
 
-def as_written(question: str, rng: random.Random, careful: bool = False) -> str:
+def as_written(question: str, topics: Topics, rng: random.Random, careful: bool = False) -> str:
     """With or without a polite word, a capital, a question mark, and, unless careful, now and then a slip of the fingers."""
     asks = bool(_ASKS.match(question))
     if rng.random() < 0.12 and len(question) > 8:
-        question = rng.choice(_BEFORE) + question
+        question = rng.choice(topics.lists["before"]) + question
     if asks and not careful and rng.random() < 0.06:
-        question += rng.choice(_AFTER)
+        question += rng.choice(topics.lists["after"])
     if not careful and rng.random() < 0.1:
         question = slip(question, rng)
     if rng.random() < 0.5:
@@ -115,12 +125,12 @@ def as_written(question: str, rng: random.Random, careful: bool = False) -> str:
     return question
 
 
-def as_written_zh(question: str, rng: random.Random, careful: bool = False) -> str:
+def as_written_zh(question: str, topics: Topics, rng: random.Random, careful: bool = False) -> str:
     """The same in Chinese, where a character may be missing."""
     if rng.random() < 0.15 and len(question) > 3:
-        question = rng.choice(_BEFORE_ZH) + question
+        question = rng.choice(topics.lists["before"]) + question
     if rng.random() < 0.08 and len(question) > 3 and question[-1] not in "吗呢吧？":
-        question += rng.choice(_AFTER_ZH)
+        question += rng.choice(topics.lists["after"])
     if not careful and rng.random() < 0.1 and len(question) > 5:
         cut = rng.randrange(len(question))
         if "\u4e00" <= question[cut] <= "\u9fff":

@@ -9,6 +9,7 @@ from typing import Any, Callable
 
 import click
 
+from .. import demo
 from ..chat import MAX_NEW_TOKENS
 from ..errors import MossError
 from . import ui
@@ -51,12 +52,24 @@ TEXT = _Text()
 def shared_options(command: Callable) -> Callable:
     """Add the options that say which model, where, and how to choose tokens."""
     options = [
-        click.option("-m", "--model", required=True, metavar="DIR", help="Folder of a converted checkpoint."),
+        click.option(
+            "-m",
+            "--model",
+            metavar="DIR",
+            callback=_or_demo,
+            help="Folder of a converted checkpoint.  [default: the small demo model]",
+        ),
         click.option("--system", type=TEXT, metavar="TEXT|@FILE", help="In place of MOSS's meta instruction."),
         *(_option(name, setting) for name, setting in SETTINGS.items()),
         machine_options,
     ]
     return _with(options, command)
+
+
+def _or_demo(ctx: click.Context, param: click.Parameter, folder: str | None) -> str:
+    if folder is None:
+        ui.note(demo.NOTE)
+    return folder or str(demo.FOLDER)
 
 
 def machine_options(command: Callable) -> Callable:
