@@ -133,7 +133,7 @@ def vocabulary_text(seed: int) -> Iterator[str]:
         for subject in topics.tool + topics.talk:
             for question in subject.questions:
                 for _ in range(4):
-                    yield topics.ask(question, rng)[0]
+                    yield topics.reworded(topics.ask(question, rng)[0], rng)
             yield from subject.answers * 2
         for items in topics.lists.values():
             yield from items

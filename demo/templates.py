@@ -79,6 +79,11 @@ class Topics:
     def __init__(self, language: str):
         self.chinese = language == "zh"
         self.lists = {name: lines[0].split("|") for name, lines in read_sections(FOLDER / f"{language}_lists.txt").items()}
+        words = read_sections(FOLDER / f"{language}_words.txt")
+        self._synonyms = [line.split("|") for line in words["synonyms"]]
+        frames = (line.partition(" => ") for line in words["frames"])
+        self._frames = [(re.compile(pattern), forms.split("|")) for pattern, _, forms in frames]
+        self._leads, self._tails = (words[name][0].split("|") for name in ("leads", "tails"))
         self.tool = read_subjects(FOLDER / f"{language}_tool.txt")
         self.talk = read_subjects(FOLDER / f"{language}_talk.txt")
 
@@ -89,10 +94,29 @@ class Topics:
             name = rng.choice(("knowledge", "knowledge", "advice", "dangerous"))
             subject = next(s for s in self.talk if s.name == name)
         question, slots = self.ask(rng.choice(subject.questions), rng)
+        question = self.reworded(question, rng)
         answer = rng.choice(subject.answers)
         for name, value in slots.items():
             answer = answer.replace("{" + name + "}", value)
         return self.as_written(question, rng), answer
+
+    def reworded(self, question: str, rng: random.Random) -> str:
+        """Perhaps in another frame, with other words, and with something around it that does not matter."""
+        if rng.random() < 0.4:
+            for pattern, forms in self._frames:
+                if found := pattern.match(question):
+                    question = rng.choice(forms).replace("{}", found[1])
+                    break
+        for word, *others in self._synonyms:
+            if word in question and "/" not in question and "--" not in question and rng.random() < 0.25:
+                found = word if self.chinese else rf"\b{word}\b"
+                question = re.sub(found, rng.choice(others), question, count=1)
+        if len(question) > (4 if self.chinese else 12):
+            if rng.random() < 0.07:
+                question = rng.choice(self._leads) + question
+            if rng.random() < 0.07:
+                question += rng.choice(self._tails)
+        return question
 
     def as_written(self, question: str, rng: random.Random, careful: bool = False) -> str:
         """A question as people write them; careful: without slips, which would change a number."""
