@@ -87,7 +87,7 @@ class Job:
             self.prepare(self.partial)
             self._write_files(self._advance(progress or (lambda done, total: None)))
             self._publish()
-            _sync(self.dst.parent)
+            sync(self.dst.parent)
 
     def _advance(self, progress: Progress) -> Advance:
         total = sum(self.files.values())
@@ -108,8 +108,8 @@ class Job:
 
     def _publish(self) -> None:
         for path in self.partial.iterdir():
-            _sync(path)
-        _sync(self.partial)
+            sync(path)
+        sync(self.partial)
         self.partial.rename(self.dst)
         if not self.keep_record:
             (self.dst / RECORD).unlink()
@@ -203,7 +203,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         f.flush()
         os.fsync(f.fileno())
     tmp.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def source_record(paths: list[Path]) -> list[dict]:
@@ -227,7 +227,7 @@ def _read_record(path: Path) -> dict | None:
         return None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

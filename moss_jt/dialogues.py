@@ -30,6 +30,7 @@ WRITTEN = ("Inner Thoughts", "Commands", "MOSS")  # by the model; the others are
 _NEEDED = ("Human", "MOSS")  # the values that every turn has
 
 LeftOut = Callable[[int, int], None]  # told the line and how many of its turns did not fit
+Bad = Callable[[int, str], None]  # told the line and what is wrong with it
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,14 @@ class Dialogue:
     answers: np.ndarray  # bool (T,): the model's own words, up to and including the token that ends them
 
 
-def read_dialogues(path: str | Path, tokenizer: Any, limit: int = LIMIT, left_out: LeftOut | None = None) -> Iterator[Dialogue]:
+def read_dialogues(
+    path: str | Path, tokenizer: Any, limit: int = LIMIT, left_out: LeftOut | None = None, bad: Bad | None = None
+) -> Iterator[Dialogue]:
     """The conversations in a file, one after another.
 
     A turn that would pass ``limit`` tokens, and all after it, is left out, and so is a conversation without a turn that
-    fits; ``left_out(line, turns)`` is told of both. Raises MossError, naming file and line, for what is not as above.
+    fits; ``left_out(line, turns)`` is told of both. Raises MossError, naming file and line, for what is not as above; with
+    ``bad``, that is told of it instead, and of conversations without a turn that fits, and the line is passed over.
     """
     path = Path(path)
     try:
@@ -67,8 +71,13 @@ def read_dialogues(path: str | Path, tokenizer: Any, limit: int = LIMIT, left_ou
                 try:
                     meta, turns = _parse(line)
                     dialogue, kept = _dialogue(number, meta, turns, tokenizer, limit)
+                    if bad is not None and not kept:
+                        raise MossError(f"too long: its first turn ends beyond {limit} tokens")
                 except MossError as e:
-                    raise MossError(f"{path}, line {number}: {e}") from None
+                    if bad is None:
+                        raise MossError(f"{path}, line {number}: {e}") from None
+                    bad(number, str(e))
+                    continue
                 if left_out is not None and kept < len(turns):
                     left_out(number, len(turns) - kept)
                 if kept:

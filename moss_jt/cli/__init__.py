@@ -20,6 +20,7 @@ COMMANDS = {
     "info": "Say what a model's folder holds.",
     "tokenize": "Turn text into token ids, or back.",
     "eval": "Measure a model on dialogues with known answers, or compare two.",
+    "train": "Fine-tune a model on dialogues, all of it or a LoRA adapter.",
     "bench": "Measure speed, beside what this machine could do.",
     "doctor": "Check this machine: compiler, Python, CUDA, memory, speeds.",
 }

@@ -75,12 +75,14 @@ def _lines(text: Callable[[int, int], str]) -> Progress:
             seen.popleft()
         if now >= due:
             due, (start, before) = now + _EVERY, seen[0]
-            left = f", {_time((now - start) * (total - done) / (done - before))} left" if done > before else ""
+            left = f", {remaining(now - start, done - before, total - done)} left" if done > before else ""
             click.echo(text(done, total) + left, err=True)
 
     return update
 
 
-def _time(seconds: float) -> str:
+def remaining(seconds: float, done: int, left: int) -> str:
+    """How long what is ``left`` takes where ``done``, at least one, took ``seconds``."""
+    seconds *= left / done
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     return f"{hours} h" if minutes > 120 else f"{minutes} min" if minutes > 2 else f"{seconds:.0f} s"
