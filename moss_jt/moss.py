@@ -12,7 +12,9 @@ from .devices import open_device
 from .drafts import Drafts
 from .errors import MossError
 from .generate import Answer, Piece, Stats, generate
+from .meta_instruction import read_meta_instruction
 from .model import Model
+from .plugins import Plugin
 from .sampling import Sampling
 from .stopping import Stop
 from .tokenizer import load_tokenizer
@@ -44,14 +46,15 @@ def load(
     tokenizer = load_tokenizer(folder)
     context = min(context, weights.config.n_ctx)
     on = open_device(weights, context, ram, kv_cache, device, vram)
-    return Moss(Model(weights, context, kv_cache=kv_cache, device=on), tokenizer)
+    return Moss(Model(weights, context, kv_cache=kv_cache, device=on), tokenizer, read_meta_instruction(folder))
 
 
 class Moss:
     """A model ready to answer. Remembers the last sequence: what a new prompt shares with it is not computed again."""
 
-    def __init__(self, model: Model, tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Model, tokenizer, meta_instruction: str | None = None):
+        """meta_instruction: the text that this checkpoint's dialogues begin with, if it is not MOSS's."""
+        self.model, self.tokenizer, self.meta_instruction = model, tokenizer, meta_instruction
         self.last_stats = Stats()  # of the last generate, kept up to date while it runs
 
     @property
@@ -128,8 +131,8 @@ class Moss:
         guess = Drafts() if (self.model.streams if drafts is None else drafts) else None
         return Answer(self.tokenizer, ids, stops, sampling, min(len(ids) + max_new_tokens, self.context), guess, stats)
 
-    def chat(self, system: str | None = None):
-        """A Conversation; ``system`` replaces MOSS's meta instruction."""
+    def chat(self, system: str | None = None, plugins: Iterable[Plugin] | None = None):
+        """A Conversation; ``system`` replaces the meta instruction, ``plugins`` are what MOSS may call (see there)."""
         from .chat import Conversation
 
-        return Conversation(self, system)
+        return Conversation(self, system, plugins)

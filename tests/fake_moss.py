@@ -51,6 +51,7 @@ class FakeMoss:
         self.context, self.delay = context, delay
         self.config = SimpleNamespace(vocab_size=300, eos_token_id=258)
         self.tokenizer = FakeTokenizer()
+        self.meta_instruction: str | None = None
         self.answer = answer or (lambda question: f" You said: {question}")
         self.prompts: list[list[int]] = []
         self.calls: list[dict] = []
@@ -58,8 +59,8 @@ class FakeMoss:
         self.last_stats = Stats()
         self.kv_cache, self.cache_bytes, self.gpu_peak = "int8", 12_340_000, None
 
-    def chat(self, system: str | None = None) -> Conversation:
-        return Conversation(self, system)
+    def chat(self, system: str | None = None, plugins=None) -> Conversation:
+        return Conversation(self, system, plugins)
 
     def generate(self, text_or_ids, max_new_tokens: int = 256, **options):
         ids = self.tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else list(text_or_ids)

@@ -13,6 +13,7 @@ import click
 
 from ..chat import Conversation
 from ..errors import MossError
+from ..plugins import Plugin
 from . import chat_commands, ui
 from .chat_options import check_options, load_model, shared_options, system_text
 
@@ -24,6 +25,7 @@ from .chat_options import check_options, load_model, shared_options, system_text
 def command(
     model: str,
     system: str | None,
+    plugins: list[Plugin] | None,
     context: int,
     kv_cache: str,
     vram: int | None,
@@ -39,7 +41,7 @@ def command(
     check_options(settings)
     system = None if system is None else system_text(system)
     moss = load_model(model, device, context, ram, kv_cache, vram)
-    session = Session(moss, system, saved, settings, stats)
+    session = Session(moss, system, saved, settings, stats, plugins)
     if session.interactive:
         ui.note(f"MOSS · {Path(model).resolve().name} · context {moss.context}")
         ui.note("/help lists the commands, Ctrl-D leaves.")
@@ -75,9 +77,18 @@ class _Interrupts:
 class Session:
     """One chat: a conversation, its settings, and where messages come from."""
 
-    def __init__(self, moss: Any, system: str | None, saved: str | None, settings: dict[str, Any], show_stats: bool):
+    def __init__(
+        self,
+        moss: Any,
+        system: str | None,
+        saved: str | None,
+        settings: dict[str, Any],
+        show_stats: bool,
+        plugins: list[Plugin] | None = None,
+    ):
         self.moss, self.settings, self.show_stats = moss, settings, show_stats
-        self.conversation = moss.chat(system) if saved is None else Conversation.load(moss, saved)
+        self.plugins = plugins  # None: those that the system text enables
+        self.conversation = moss.chat(system, plugins) if saved is None else Conversation.load(moss, saved, plugins)
         if saved is not None and system is not None:
             self.conversation.system = system
         self.interactive = ui.is_terminal(sys.stdin)
@@ -109,7 +120,7 @@ class Session:
         if command:
             chat_commands.run(self, *command)
         elif message.strip():
-            self.answer(self.conversation.send(message.strip(), **self.sampling()))
+            self.answer(self.conversation.send(message.strip(), told=ui.ran, **self.sampling()))
 
     def answer(self, pieces: Any) -> None:
         """Print an answer as it comes, and what there is to say about it. Ctrl-C stops it and keeps what there is."""

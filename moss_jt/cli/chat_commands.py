@@ -12,6 +12,7 @@ import click
 
 from ..chat import Conversation
 from ..errors import MossError
+from ..plugins import BUILT_IN, built_in
 from . import ui
 from .chat_options import SETTINGS, check_settings, system_text
 
@@ -70,7 +71,7 @@ def _undo(session: Session, argument: str) -> None:
 
 
 def _retry(session: Session, argument: str) -> None:
-    session.answer(session.conversation.retry(**session.sampling()))
+    session.answer(session.conversation.retry(told=ui.ran, **session.sampling()))
 
 
 def _system(session: Session, argument: str) -> None:
@@ -81,6 +82,15 @@ def _system(session: Session, argument: str) -> None:
     ui.note("From the next answer on; the conversation so far stays (/clear forgets it).")
 
 
+def _plugins(session: Session, argument: str) -> None:
+    if argument:
+        session.plugins = None if argument == "default" else [] if argument == "off" else built_in(argument)
+        session.conversation.plugins = session.plugins
+    on = session.conversation.plugins
+    for name, plugin in BUILT_IN.items():
+        ui.note(f"  {name:<10}  {plugin.api:<21}  {'on' if plugin in on else 'off'}")
+
+
 def _save(session: Session, argument: str) -> None:
     path = _path(argument, "save")
     session.conversation.save(path)
@@ -88,7 +98,7 @@ def _save(session: Session, argument: str) -> None:
 
 
 def _load(session: Session, argument: str) -> None:
-    session.conversation = Conversation.load(session.moss, _path(argument, "load"))
+    session.conversation = Conversation.load(session.moss, _path(argument, "load"), session.plugins)
     session.show_loaded()
 
 
@@ -155,6 +165,7 @@ COMMANDS = {
     "undo": Command("", "take back the last question and its answer", _undo),
     "retry": Command("", "answer the last question again", _retry),
     "system": Command("[TEXT|@FILE|default]", "show or replace the opening text", _system),
+    "plugins": Command("[NAMES|off|default]", "show or change what MOSS may call", _plugins),
     "save": Command("FILE", "save the conversation", _save),
     "load": Command("FILE", "go on with a saved one", _load),
     "set": Command("[NAME VALUE|default]", "show or change settings", _set),

@@ -12,6 +12,7 @@ import click
 from .. import demo
 from ..chat import MAX_NEW_TOKENS
 from ..errors import MossError
+from ..plugins import Plugin, built_in
 from . import ui
 from .device import DEVICE
 from .size import CONTEXT, KV_CACHE, RAM, VRAM
@@ -49,6 +50,23 @@ class _Text(click.ParamType):
 TEXT = _Text()
 
 
+class _Plugins(click.ParamType):
+    """Names of plugins, or off."""
+
+    name = "names"
+
+    def convert(self, value: str | list[Plugin], param: click.Parameter | None, ctx: click.Context | None) -> list[Plugin]:
+        if not isinstance(value, str):
+            return value
+        try:
+            return [] if value == "off" else built_in(value)
+        except MossError as e:
+            self.fail(str(e), param, ctx)
+
+
+PLUGINS = _Plugins()
+
+
 def shared_options(command: Callable) -> Callable:
     """Add the options that say which model, where, and how to choose tokens."""
     options = [
@@ -60,6 +78,10 @@ def shared_options(command: Callable) -> Callable:
             help="Folder of a converted checkpoint.  [default: the small demo model]",
         ),
         click.option("--system", type=TEXT, metavar="TEXT|@FILE", help="In place of MOSS's meta instruction."),
+        click.option("--plugins", metavar="NAMES", type=PLUGINS, help="What MOSS may call, such as calculator,solver."),
+        click.option(
+            "--no-plugins", "plugins", flag_value=(), type=click.UNPROCESSED, help="Nothing, whatever the system text enables."
+        ),
         *(_option(name, setting) for name, setting in SETTINGS.items()),
         machine_options,
     ]

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ..errors import MossError
+from ..plugins import Plugin
 from . import ui
 from .chat_options import TEXT, as_utf8, check_options, load_model, shared_options, system_text
 
@@ -26,6 +27,7 @@ def command(
     prompt: str | None,
     model: str,
     system: str | None,
+    plugins: list[Plugin] | None,
     context: int,
     kv_cache: str,
     vram: int | None,
@@ -37,8 +39,9 @@ def command(
     **settings: Any,
 ) -> None:
     """Answer one question, or with --raw continue a text. PROMPT may come from a pipe, or be - for that."""
-    if raw and system is not None:
-        raise click.UsageError("--system belongs to the dialogue format, which --raw leaves out")
+    for option, value in (("--system", system), ("--plugins", plugins)):
+        if raw and value is not None:
+            raise click.UsageError(f"{option} belongs to the dialogue format, which --raw leaves out")
     check_options(settings)
     system = None if system is None else system_text(system)
     text = _read_prompt(prompt)
@@ -47,7 +50,7 @@ def command(
         raise MossError("the prompt is empty")
     moss = load_model(model, device, context, ram, kv_cache, vram)
     settings["stop"] = _stops(moss, stop)
-    pieces = moss.generate(text, **settings) if raw else moss.chat(system).send(text, **settings)
+    pieces = moss.generate(text, **settings) if raw else moss.chat(system, plugins).send(text, told=ui.ran, **settings)
     with closing(pieces):
         if as_json:
             _print_json(moss, pieces)

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 import click
 
+_LONGEST_RESULT = 200  # characters of it on the terminal
 _ERASE_LINE = "\r\x1b[K"
 # Control characters in a text could move the cursor or worse; on a terminal only newline and tab pass.
 _CONTROLS = dict.fromkeys([*range(32), *range(127, 160)], "\ufffd")
@@ -67,6 +68,12 @@ def answer(pieces: Iterator[Any]) -> None:
     finally:
         if not ended:
             _print("\n")
+
+
+def ran(command: str, result: str) -> None:
+    """A line for a command that MOSS had run: ``Calculate("60/6") → 10.0``."""
+    shown = ", ".join(result.strip("'").splitlines())
+    note(f"{command} → {shown if len(shown) <= _LONGEST_RESULT else shown[: _LONGEST_RESULT - 1] + '…'}")
 
 
 def _print(text: str) -> None:
