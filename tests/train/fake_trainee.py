@@ -9,9 +9,9 @@ import os
 import time
 
 import numpy as np
-
 from moss_jt.convert.mapping import official_bands, official_shapes, pieces
 from moss_jt.convert.view import of_region
+
 from moss_jt.train.batch import NO_LOSS, Batch, Measured
 from moss_jt.train.parameter import Parameter
 
@@ -20,6 +20,8 @@ DELAY = float(os.environ.get("FAKE_TRAINEE_DELAY", "0"))  # seconds a batch take
 
 class FakeTrainee:
     """Has all of MOSS's parameters; most of them do nothing."""
+
+    kept = 0.9  # share of a row of wte that dropout leaves
 
     def __init__(self, weights, lora=None, device="auto", ram=None, vram=None, seed=0):
         of_file = pieces(weights.config)
@@ -30,17 +32,16 @@ class FakeTrainee:
             bands = official_bands(of_file[files[name]], name, views)
             value = np.concatenate([np.concatenate([v.read() for v in band.views], -1) for band in bands])
             self.parameters[name] = Parameter(name, value.astype(np.float32), np.zeros(value.shape, np.float32))
-        self.seed, self.dropout_state, self.batches = seed, 0, []
+        self.seed, self.dropout_state = seed, 0
 
     def train(self, batch: Batch, scale: float = 1.0) -> Measured:
         time.sleep(DELAY)
-        self.batches.append(batch)
         random = np.random.RandomState([self.seed, self.dropout_state])
         self.dropout_state += 1
         before, after = _pairs(batch)
         p = self.parameters
         e, w = (p[name] for name in ("transformer.wte.weight", "lm_head.weight"))
-        kept = (random.random_sample(e.value.shape[1]) < 0.9).astype(np.float32)
+        kept = (random.random_sample(e.value.shape[1]) < self.kept).astype(np.float32)
         x = e.value[before] * kept
         probability, measured = self._forward(x, after)
         probability[np.arange(len(after)), after] -= 1

@@ -73,8 +73,8 @@ def test_labels_of_every_kind_of_turn(write, turn):
 
 
 def test_labels_written_out(write):
-    """The same by hand: what has no loss is the meta instruction and the inside of Tool Responses, 5 tokens from its start on, up
-    to 2 from its end. (A token of this tokenizer is a byte, or a special token.)"""
+    """The same by hand: no loss on the meta instruction, and in Tool Responses none from its 6th token up to its 3rd from the
+    end. (A token of this tokenizer is a byte, or a special token.)"""
     batch = read(write(conversation(TURN, meta="meta"))).batch(np.array([0]))
     tool = TURN["Tool Responses"]
     inside = tool[5:].removesuffix("<eor>\n")
