@@ -69,7 +69,7 @@ class Trainee:
 
     def scale_gradients(self, factor: float) -> None:
         for p in self.parameters.values():
-            p.gradient *= np.float32(factor)
+            np.multiply(p.gradient, np.float32(factor), out=p.gradient)
 
     def _run(self, counted: _Counted, scale: float | None) -> Measured:
         if not len(counted.targets):
