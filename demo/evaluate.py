@@ -1,7 +1,7 @@
-"""Asks the demo model what no training dialogue asked: ``python demo/evaluate.py [FOLDER]``, by default the model in the package.
+"""Asks the demo model what no training dialogue asked: ``python demo/evaluate.py [FOLDER]``, by default the one in the package.
 
 The free questions of held_out.txt, each in a new conversation, with its answer; 100 calculations and 40 equations with new
-numbers, and the sums of held_out_sums.txt, in new words: how many commands are well-formed and how many answers have the result.
+numbers, and the sums of held_out_sums.txt, in new words: how many commands are well-formed, how many answers have the result.
 Always greedy, and the sums also sampled, as ``moss-jt chat`` does by itself.
 """
 
@@ -15,9 +15,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import moss_jt  # noqa: E402
 from arithmetic import Task, calculation, equation, shown  # noqa: E402
 from conversations import held_out  # noqa: E402
+
+import moss_jt  # noqa: E402
 from moss_jt import demo  # noqa: E402
 from moss_jt.plugins import commands  # noqa: E402
 

@@ -19,7 +19,7 @@ from conversations import Author, held_out, meta_instruction, normalised, switch
 HERE = Path(__file__).resolve().parent
 BUILD, PACKAGE = HERE / "build", HERE.parent / "moss_jt" / "demo"
 SEED = 3
-CONVERSATIONS = {"train": 25000, "val": 200}
+CONVERSATIONS = {"train": 21000, "val": 200}
 VOCABULARY = 2560
 
 
