@@ -40,9 +40,15 @@ def meta_instruction(plugins: tuple[str, ...] = BOTH) -> str:
 
 
 class Author:
-    """Writes conversations; the same seed gives the same ones. None asks a question in ``forbidden`` (see ``normalised``)."""
+    """Writes conversations; the same seed gives the same ones. None asks a question in ``forbidden`` (see ``normalised``).
 
-    def __init__(self, seed: int, forbidden: frozenset[str] = frozenset()):
+    ``turns``: how many a conversation may have, one as often as the other. ``sums``: the share of questions for plugins.
+    """
+
+    def __init__(
+        self, seed: int, forbidden: frozenset[str] = frozenset(), turns: tuple[int, ...] = (1, 2, 3, 3, 4, 4), sums: float = 0.43
+    ):
+        self._turns, self._sums = turns, sums
         self._rng = random.Random(seed)
         self._topics = {language: Topics(language) for language in ("en", "zh")}
         self._forbidden = forbidden
@@ -54,7 +60,7 @@ class Author:
         plugins = rng.choices((BOTH, (), BOTH[:1], BOTH[1:]), (91, 5, 2, 2))[0]
         turns: list[dict[str, str]] = []
         last = None  # the last result, where it is a whole number and was in the turn before
-        for _ in range(rng.choice((1, 2, 3, 3, 4, 4))):
+        for _ in range(rng.choice(self._turns)):
             if rng.random() < 0.08:
                 language = "zh" if language == "en" else "en"
             task = self._task(language, last)
@@ -76,12 +82,12 @@ class Author:
     def _task(self, language: str, last: str | None) -> Task | None:
         rng = self._rng
         while True:
-            kind = rng.random()
-            if last is not None and kind < 0.15:
+            kind = rng.random() / self._sums
+            if last is not None and kind < 0.3:
                 task = going_on(rng, language, last)
-            elif kind < 0.33:
+            elif kind < 0.75:
                 task = calculation(rng, language)
-            elif kind < 0.43:
+            elif kind < 1:
                 task = equation(rng, language)
             else:
                 return None
