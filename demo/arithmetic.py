@@ -110,7 +110,7 @@ def _worded(rng: random.Random, language: str) -> tuple[str, str]:
 
 def _number(rng: random.Random, digits: int = 6, decimals: bool = True) -> str:
     """Of up to so many digits, short ones more often; now and then with decimals."""
-    length = min(digits, rng.choice((1, 2, 2, 2, 3, 3, 3, 4, 4, 5, 6)))
+    length = min(digits, rng.choice((1, 2, 2, 2, 3, 3, 3, 4, 4, 5, 6) if rng.random() < 0.3 else (1, 2, 2, 3, 3, 4)))
     text = str(rng.randint(1 if length == 1 else 10 ** (length - 1), 10**length - 1))
     if decimals and rng.random() < 0.1:
         text += f".{rng.randint(1, 9)}" if rng.random() < 0.6 else f".{rng.randint(0, 9)}{rng.randint(1, 9)}"
@@ -121,12 +121,12 @@ def _expression(rng: random.Random) -> str:
     a, b, c, d = (_number(rng) for _ in range(4))
     o, p, q = (rng.choice("++--***/") for _ in range(3))
     forms = {
-        f"{a}{o}{b}": 60,
-        f"{a}{o}{b}{p}{c}": 13,
-        f"({a}{o}{b}){p}{c}": 12,
-        f"{a}{o}({b}{p}{c})": 6,
-        f"({a}{o}{b}){p}({c}{q}{d})": 4,
-        f"{a}{o}{b}{p}{c}{q}{d}": 5,
+        f"{a}{o}{b}": 70,
+        f"{a}{o}{b}{p}{c}": 9,
+        f"({a}{o}{b}){p}{c}": 10,
+        f"{a}{o}({b}{p}{c})": 5,
+        f"({a}{o}{b}){p}({c}{q}{d})": 3,
+        f"{a}{o}{b}{p}{c}{q}{d}": 3,
     }
     return rng.choices(list(forms), list(forms.values()))[0]
 

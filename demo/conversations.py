@@ -42,13 +42,15 @@ def meta_instruction(plugins: tuple[str, ...] = BOTH) -> str:
 class Author:
     """Writes conversations; the same seed gives the same ones. None asks a question in ``forbidden`` (see ``normalised``).
 
-    ``turns``: how many a conversation may have, one as often as the other. ``sums``: the share of questions for plugins.
+    ``turns``: how many a conversation may have, one as often as the other. ``sums``: the share of questions for plugins. ``variants``: answers to a
+    subject.
     """
 
     def __init__(
-        self, seed: int, forbidden: frozenset[str] = frozenset(), turns: tuple[int, ...] = (1, 2, 3, 3, 4, 4), sums: float = 0.43
-    ):
-        self._turns, self._sums = turns, sums
+        self, seed: int, forbidden: frozenset[str] = frozenset(), turns: tuple[int, ...] = (1, 2, 3), sums: float = 0.4,
+        variants: int = 2,
+    ):  # fmt: skip
+        self._turns, self._sums, self._variants = turns, sums, variants
         self._rng = random.Random(seed)
         self._topics = {language: Topics(language) for language in ("en", "zh")}
         self._forbidden = forbidden
@@ -97,7 +99,7 @@ class Author:
 
     def _question(self, language: str) -> tuple[str, str]:
         while True:
-            question, answer = self._topics[language].turn(self._rng)
+            question, answer = self._topics[language].turn(self._rng, self._variants)
             if normalised(question) not in self._forbidden:
                 return question, answer
 

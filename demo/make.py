@@ -20,9 +20,11 @@ SEED = 3
 VOCABULARY = 2560
 # Copying numbers is learned soonest where there are no others, so questions stand alone before they come one after another.
 STAGES = (
-    {"conversations": 10000, "learning_rate": 1.5e-3, "turns": (1, 2, 3, 3, 4, 4), "sums": 0.43},
-    {"conversations": 12000, "learning_rate": 1.5e-3, "turns": (1,), "sums": 0.65},
-    {"conversations": 16000, "learning_rate": 1.2e-3, "turns": (1, 1, 2, 2, 3, 4), "sums": 0.43},
+    {"conversations": 10000, "learning_rate": 1.5e-3, "turns": (1, 2, 3, 3, 4, 4), "sums": 0.43, "variants": 2},
+    {"conversations": 12000, "learning_rate": 1.5e-3, "turns": (1,), "sums": 0.65, "variants": 2},
+    {"conversations": 8000, "learning_rate": 1.2e-3, "turns": (1, 1, 2, 2, 3, 4), "sums": 0.43, "variants": 2},
+    {"conversations": 20000, "learning_rate": 1.2e-3, "turns": (1, 1, 1, 2, 2, 3), "sums": 0.35, "variants": 1},
+    {"conversations": 13000, "learning_rate": 1.2e-3, "turns": (1, 1, 1, 2), "sums": 0.25, "variants": 1},
 )
 VALIDATION = 200  # conversations
 
@@ -36,7 +38,9 @@ def main() -> None:
         write_data(data, SEED + 2 * number, stage)
         folders = ("-m", model, "--data_dir", data, "--output_dir", run)
         dtype = "fp16" if stage is not STAGES[-1] else "int8"
-        moss_jt("train", "sft", "--config", HERE / "sft.yaml", *folders, "--learning_rate", stage["learning_rate"], "--dtype", dtype)
+        moss_jt(
+            "train", "sft", "--config", HERE / "sft.yaml", *folders, "--learning_rate", stage["learning_rate"], "--dtype", dtype
+        )
         model = run / "model"
     install(model)
 
@@ -45,7 +49,7 @@ def write_data(folder: Path, seed: int, stage: dict) -> None:
     """``train.jsonl`` and ``val.jsonl``, the latter the same in each stage, and of no stage's conversations."""
     folder.mkdir(parents=True, exist_ok=True)
     forbidden = frozenset(map(normalised, held_out()))
-    train = Author(seed, forbidden, stage["turns"], stage["sums"])
+    train = Author(seed, forbidden, stage["turns"], stage["sums"], stage["variants"])
     for name, author, count in (("train", train, stage["conversations"]), ("val", Author(SEED + 1, forbidden), VALIDATION)):
         write(folder / f"{name}.jsonl", islice(iter(author.conversation, None), count))
 

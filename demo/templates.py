@@ -87,15 +87,16 @@ class Topics:
         self.tool = read_subjects(FOLDER / f"{language}_tool.txt")
         self.talk = read_subjects(FOLDER / f"{language}_talk.txt")
 
-    def turn(self, rng: random.Random) -> tuple[str, str]:
+    def turn(self, rng: random.Random, variants: int) -> tuple[str, str]:
+        """A question, and one of its subject's first so many answers."""
         subject = rng.choice(self.tool if rng.random() < 0.62 else self.talk)
         # What it cannot answer has no end, so it is asked more often.
-        if subject.name not in ("knowledge", "advice", "dangerous") and rng.random() < 0.1:
+        if subject.name not in ("knowledge", "advice", "dangerous") and rng.random() < 0.04:
             name = rng.choice(("knowledge", "knowledge", "advice", "dangerous"))
             subject = next(s for s in self.talk if s.name == name)
         question, slots = self.ask(rng.choice(subject.questions), rng)
         question = self.reworded(question, rng)
-        answer = rng.choice(subject.answers)
+        answer = rng.choice(subject.answers[:variants])
         for name, value in slots.items():
             answer = answer.replace("{" + name + "}", value)
         return self.as_written(question, rng), answer
