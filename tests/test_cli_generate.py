@@ -10,6 +10,7 @@ import time
 import pytest
 
 import moss_jt
+from moss_jt import demo
 from moss_jt.cli import generate as cli
 from moss_jt.cli.chat_options import SETTINGS
 from moss_jt.errors import MossError
@@ -42,6 +43,15 @@ def prompt(moss):
 def test_a_question_is_one_turn(moss):
     assert run("你好").stdout == "You said: 你好\n"
     assert prompt(moss).startswith("You are an AI assistant") and prompt(moss).endswith("\n<|Human|>: 你好<eoh>\n<|MOSS|>:")
+
+
+def test_without_a_model_it_is_the_demo_model_and_says_so(moss, monkeypatch):
+    folders = []
+    monkeypatch.setattr(moss_jt, "load", lambda folder, **_: folders.append(folder) or moss, raising=False)
+    result = runner().invoke(cli.command, ["hello"])
+    assert result.stdout == "You said: hello\n" and folders == [str(demo.FOLDER)]
+    assert result.stderr == demo.NOTE + "\n" and "\n" not in demo.NOTE
+    assert demo.NOTE not in run("hello").stderr
 
 
 def test_raw_is_continued_as_it_is(moss):
