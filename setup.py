@@ -20,7 +20,9 @@ def packages() -> dict[str, str]:
 
 # An independent implementation, for tests only. One version of torch, because each is gigabytes; `run` takes its CPU build.
 parity = ["torch==2.13.0", "transformers>=4.40", "gguf>=0.10"]
+plot = ["matplotlib>=3.5"]  # what `moss-jt bench vram --plot` draws with
 test = ["pytest>=7", "hypothesis>=6", "ruff>=0.4", "setuptools>=70.1"]  # that setuptools builds wheels by itself
+train = ["tensorboardX>=2.6"]  # logs for TensorBoard, without PyTorch
 
 # What compiling for a GPU takes, as far as PyPI has it: for CUDA 13 all of it, for CUDA 12 all but nvcc. CuPy 14 needs numpy 2.
 cuda12 = ["cuda-toolkit[cudart,cccl,cublas,curand]==12.*", "cupy-cuda12x<14"]
@@ -52,7 +54,9 @@ setup(
         "tokenizers>=0.15",
         "sentencepiece>=0.1.99",
         "huggingface_hub>=0.23",
+        "sympy>=1.12",
+        "PyYAML>=6",
     ],
-    extras_require={"test": test, "parity": parity, "cuda12": cuda12, "cuda13": cuda13},
+    extras_require={"test": test, "parity": parity, "plot": plot, "train": train, "cuda12": cuda12, "cuda13": cuda13},
     entry_points={"console_scripts": ["moss-jt = moss_jt.cli:main"]},
 )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ..config import KV_CACHES, Config
 from ..errors import MossError
+from ..meta_instruction import enabled, read_meta_instruction
+from ..plugins import BUILT_IN
 from ..weights import is_converted, open_weights
 from ..weights.layout import FORMAT, files_of
 from .gptq import Gptq, is_gptq
@@ -24,6 +26,7 @@ def describe(folder: Path) -> dict:
     converted = is_converted(folder)
     config = Config.read(folder)
     found = _converted(folder, config) if converted else _official(folder)
+    text, wrong = _meta_instruction(folder)
     per_token = {kv_cache: config.cache_bytes_per_token(kv_cache) for kv_cache in KV_CACHES}
     return {
         "folder": str(folder),
@@ -32,8 +35,22 @@ def describe(folder: Path) -> dict:
         "parameters": sum(math.prod(shape) for shape in official_shapes(config).values()),
         "cache_bytes_per_token": per_token,
         "cache_bytes_at_n_ctx": {kv_cache: size * config.n_ctx for kv_cache, size in per_token.items()},
+        "meta_instruction": text,
         **found,
+        "problems": found["problems"] + wrong,
     }
+
+
+def _meta_instruction(folder: Path) -> tuple[dict | None, list[str]]:
+    """What there is to say of the checkpoint's own, None where it has none; and what is wrong with it."""
+    try:
+        text = read_meta_instruction(folder)
+    except MossError as e:
+        return None, [str(e)]
+    if text is None:
+        return None, []
+    on = enabled(text, BUILT_IN.values())
+    return {"characters": len(text), "plugins": [name for name, plugin in BUILT_IN.items() if plugin in on]}, []
 
 
 def _converted(folder: Path, config: Config) -> dict:

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 from ..errors import MossError
+from ..meta_instruction import FILE as META_INSTRUCTION_FILE
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SMALL = ["*.json", "merges.txt", "*.model"]
+_SMALL = ["*.json", "merges.txt", "*.model", META_INSTRUCTION_FILE]
 # safetensors first: where a model has both, one of them is enough.
 _WEIGHTS = (["*.safetensors"], ["pytorch_model*.bin", "gptq_model*.bin"])
 

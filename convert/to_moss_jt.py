@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import BinaryIO, Callable
 
 from ..errors import MossError
+from ..meta_instruction import FILE as META_INSTRUCTION_FILE
+from ..meta_instruction import read_meta_instruction
 from ..tokenizer import write_tokenizer
 from ..tokenizer.files import COPIED as TOKENIZER_FILES
 from ..weights.header import header_bytes
@@ -21,7 +23,7 @@ from .panels import in_panels
 from .source import Source, open_source
 
 # Copied as they are, where they are there; write_tokenizer copies the tokenizer's own.
-_COPIED = ("generation_config.json",)
+COPIED = ("generation_config.json", META_INSTRUCTION_FILE)
 METHODS = ("rtn", "gptq")
 
 
@@ -39,6 +41,7 @@ def plan(
     check_method(method, calibration, act_order)
     coding = Coding(dtype or "fp16", head_dtype or ("fp16" if dtype in (None, "fp16") else "int8"), group_size, act_order)
     check_apart(src, dst)
+    read_meta_instruction(src)  # what could not be used is not copied
     source = open_source(src)
     if source.gptq:
         if method != "rtn" or group_size != GROUP:
@@ -51,7 +54,7 @@ def plan(
     key = {"format": FORMAT, **coding.to_dict()}
     files = files_of(source.config, coding)
     sizes = {name: len(header_bytes(ts, METADATA)) + sum(t.nbytes for t in ts) for name, ts in files.items()}
-    small = [src / name for name in ("config.json", SETTINGS, *_COPIED, *TOKENIZER_FILES) if (src / name).is_file()]
+    small = [src / name for name in ("config.json", SETTINGS, *COPIED, *TOKENIZER_FILES) if (src / name).is_file()]
     record = {**key, "source": source_record([*small, *source.files])}
     notes = source.gptq.notes if source.gptq else []
     job = Job(dst, record, sizes, lambda folder: _write_small_files(src, folder, key), _writer(source, coding), notes)
@@ -132,11 +135,15 @@ def check_apart(src: Path, dst: Path) -> None:
 
 def _write_small_files(src: Path, folder: Path, key: dict) -> None:
     write_tokenizer(src, folder)
-    for name in _COPIED:
+    for name in COPIED:
         if (src / name).is_file():
             _write(folder / name, (src / name).read_bytes())
-    text = official_config((src / "config.json").read_bytes())
-    _write(folder / "config.json", text.replace(b"{", _our_key(key), 1))
+    _write(folder / "config.json", our_config(official_config((src / "config.json").read_bytes()), key))
+
+
+def our_config(text: bytes, key: dict) -> bytes:
+    """An official config.json with our key first."""
+    return text.replace(b"{", _our_key(key), 1)
 
 
 def _our_key(key: dict) -> bytes:

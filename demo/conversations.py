@@ -42,8 +42,8 @@ def meta_instruction(plugins: tuple[str, ...] = BOTH) -> str:
 class Author:
     """Writes conversations; the same seed gives the same ones. None asks a question in ``forbidden`` (see ``normalised``).
 
-    ``turns``: how many a conversation may have, one as often as the other. ``sums``: the share of questions for plugins. ``variants``: answers to a
-    subject.
+    ``turns``: how many a conversation may have, one as often as the other. ``sums``: the share of questions for plugins.
+    ``variants``: answers to a subject.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ template <class E>
 struct Scratch {
     std::vector<E> storage;
     E* get(int64_t n) {
-        if ((int64_t)storage.size() < n + 64) storage.resize(n + 64);
+        if ((int64_t)storage.size() < n + 64) std::vector<E>().swap(storage), storage.resize(n + 64);  // never old and new at once
         return (E*)round_up((int64_t)storage.data(), 64);
     }
 };

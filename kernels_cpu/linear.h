@@ -4,6 +4,7 @@
 #pragma once
 #include "linear_few.h"
 #include "linear_many.h"
+#include "low_rank.h"
 
 namespace moss {
 
@@ -36,10 +37,13 @@ void linear(const W& w, Columns x, float* y, int64_t N, int64_t split, Finish fi
 }
 
 // The first product of a block: y = [q k v gelu(fc_in)], where x is the normed state (T, K), w (N, K), and the bias
-// belongs to the last I outputs, which pass through gelu_new.
+// belongs to the last I outputs, which pass through gelu_new. `low_rank` is added to w.
 template <class W>
-void linear_in(const float* x, const W& w, const float* bias, float* y, int64_t T, int64_t N, int64_t I) {
-    linear(w, columns(x, T, w.K), y, N, N - I, [=](float* ys, int64_t, int64_t n, int64_t count) {
+void linear_in(const float* x, const W& w, LowRank low_rank, const float* bias, float* y, int64_t T, int64_t N, int64_t I) {
+    const Columns inputs = columns(x, T, w.K);
+    const float* inner = low_rank.inner(inputs);
+    linear(w, inputs, y, N, N - I, [=](float* ys, int64_t t, int64_t n, int64_t count) {
+        low_rank.add(inner, ys, t, n, count);
         int64_t skip = std::min(std::max<int64_t>(N - I - n, 0), count);
         const float* b = bias + (n + skip - (N - I));
         map(ys + skip, count - skip, [=](vec v, int64_t i, int m) {
@@ -49,13 +53,15 @@ void linear_in(const float* x, const W& w, const float* bias, float* y, int64_t 
 }
 
 // The second product: y = residual + [a, m] w^T + bias; a is attention's result (T, A), m the last w.K - A columns of the
-// first product's (T, M), w (N, K).
+// first product's (T, M), w (N, K), to which `low_rank` is added.
 template <class W>
-void linear_out(const float* a, const float* mlp, const W& w, const float* bias, const float* residual, float* y, int64_t T,
-                int64_t N, int64_t A, int64_t M) {
+void linear_out(const float* a, const float* mlp, const W& w, LowRank low_rank, const float* bias, const float* residual, float* y,
+                int64_t T, int64_t N, int64_t A, int64_t M) {
     Columns x = columns(a, T, w.K);
     x.a_stride = x.split = A, x.b = mlp + M - (w.K - A), x.b_stride = M;
+    const float* inner = low_rank.inner(x);
     linear(w, x, y, N, N, [=](float* ys, int64_t t, int64_t n, int64_t count) {
+        low_rank.add(inner, ys, t, n, count);
         for (int64_t i = 0; i < count; i++) ys[i] += bias[n + i] + residual[t * N + n + i];
     });
 }

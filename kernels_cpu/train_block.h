@@ -54,9 +54,14 @@ inline void compute_inside(const BlockLearned& b, const Sizes& s, const float* x
     }
 }
 
-inline void block_forward(const BlockLearned& b, const Sizes& s, const float* x, float* out) {
+// For the insides of a block, and for their derivatives.
+inline float* inside_memory(int64_t floats) {
     static thread_local Scratch<float> memory;
-    const Inside inside(s, memory.get(Inside::floats(s)));
+    return memory.get(floats);
+}
+
+inline void block_forward(const BlockLearned& b, const Sizes& s, const float* x, float* out) {
+    const Inside inside(s, inside_memory(Inside::floats(s)));
     compute_inside(b, s, x, inside);
     const int64_t M = s.M(), D = s.D;
     for (int64_t t = 0; t < M; t++)
@@ -68,9 +73,8 @@ inline void block_forward(const BlockLearned& b, const Sizes& s, const float* x,
 
 // dx from dout; gradients grow.
 inline void block_backward(const BlockLearned& b, const Sizes& s, const float* x, const float* dout, float* dx) {
-    static thread_local Scratch<float> memory;
     const int64_t M = s.M(), D = s.D, I = s.I, Y = s.Y(), Z = s.Z();
-    float* room = memory.get(2 * Inside::floats(s));
+    float* room = inside_memory(2 * Inside::floats(s));
     const Inside inside(s, room), d(s, room + Inside::floats(s));
     compute_inside(b, s, x, inside);
 

@@ -114,12 +114,17 @@ struct Rows {
     Rows from(int64_t column) const { return {p + column, stride}; }
 };
 
+// For inputs in another order, or after dropout, and for their derivatives.
+inline float* inputs_memory(int64_t floats) {
+    static thread_local Scratch<float> memory;
+    return memory.get(floats);
+}
+
 // y = or += x wᵀ.
 inline void linear_forward(const Linear& w, Rows x, Rows y, int64_t T, bool add_to) {
     x = x.from(w.x), y = y.from(w.y);
-    static thread_local Scratch<float> memory;
     if (w.order) {
-        float* stored = memory.get(T * w.K);
+        float* stored = inputs_memory(T * w.K);
 #pragma omp parallel for schedule(static)
         for (int64_t t = 0; t < T; t++)
             for (int64_t k = 0; k < w.K; k++) stored[t * w.K + k] = x.p[t * x.stride + w.order[k]];
@@ -132,8 +137,7 @@ inline void linear_forward(const Linear& w, Rows x, Rows y, int64_t T, bool add_
 inline void linear_backward(const Linear& w, Rows x, Rows dy, Rows dx, int64_t T, bool add_to) {
     x = x.from(w.x), dy = dy.from(w.y), dx = dx.from(w.x);
     if (w.gradient) gemm(transposed(dy.p, dy.stride), plain(x.p, x.stride), w.gradient, w.K, w.N, w.K, T, true);
-    static thread_local Scratch<float> memory;
-    const Rows to = w.order ? Rows{memory.get(T * w.K), w.K} : dx;
+    const Rows to = w.order ? Rows{inputs_memory(T * w.K), w.K} : dx;
     w.with_operand<false>([&](auto operand) {
         gemm(plain(dy.p, dy.stride), operand, to.p, to.stride, T, w.K, w.N, add_to && !w.order);
     });
@@ -168,16 +172,16 @@ struct Adapter {
         z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u, z = (z ^ z >> 27) * 0x94d049bb133111ebu;
         return (float)((z ^ z >> 31) >> 40) < (float)dropout * (1 << 24) ? 0 : 1 / (1 - (float)dropout);
     }
-    // dropout(x) in `to` where there is dropout.
-    Rows inputs(Rows x_, int64_t T, float* to) const {
+    // dropout(x), in inputs_memory where there is dropout.
+    Rows inputs(Rows x_, int64_t T) const {
         x_ = x_.from(x);
         if (!dropout) return x_;
+        float* to = inputs_memory(T * K);
 #pragma omp parallel for schedule(static)
         for (int64_t t = 0; t < T; t++)
             for (int64_t k = 0; k < K; k++) to[t * K + k] = x_.p[t * x_.stride + k] * kept(t * K + k);
         return {to, K};
     }
-    int64_t floats(int64_t T) const { return T * (2 * rank + K); }
 };
 
 // scale (dropout(x) aᵀ) in `to` (T, rank).
@@ -188,8 +192,8 @@ inline void adapter_inner(const Adapter& l, Rows x, float* to, int64_t T) {
 
 inline void adapter_forward(const Adapter& l, Rows x, Rows y, int64_t T) {
     static thread_local Scratch<float> memory;
-    float* inner = memory.get(l.floats(T));
-    adapter_inner(l, l.inputs(x, T, inner + T * l.rank), inner, T);
+    float* inner = memory.get(T * l.rank);
+    adapter_inner(l, l.inputs(x, T), inner, T);
     l.segments([&](int64_t row, int64_t column, int64_t n) {
         gemm(plain(inner, l.rank), transposed(l.b + row * l.rank, l.rank), y.p + column, y.stride, T, n, l.rank, true);
     });
@@ -198,8 +202,8 @@ inline void adapter_forward(const Adapter& l, Rows x, Rows y, int64_t T) {
 // dx += the derivative; the gradients of a and b grow.
 inline void adapter_backward(const Adapter& l, Rows x, Rows dy, Rows dx, int64_t T) {
     static thread_local Scratch<float> memory;
-    float *inner = memory.get(l.floats(T)), *d = inner + T * l.rank, *wide = d + T * l.rank;
-    x = l.inputs(x, T, wide);
+    float *inner = memory.get(2 * T * l.rank), *d = inner + T * l.rank;
+    x = l.inputs(x, T);
     adapter_inner(l, x, inner, T);
     bool add_to = false;
     l.segments([&](int64_t row, int64_t column, int64_t n) {
@@ -212,6 +216,7 @@ inline void adapter_backward(const Adapter& l, Rows x, Rows dy, Rows dx, int64_t
     gemm(transposed(d, l.rank), plain(x.p, x.stride), l.da, l.K, l.rank, l.K, T, true);
     dx = dx.from(l.x);
     if (!l.dropout) return gemm(plain(d, l.rank), plain(l.a, l.K), dx.p, dx.stride, T, l.K, l.rank, true);
+    float* wide = inputs_memory(T * l.K);
     gemm(plain(d, l.rank), plain(l.a, l.K), wide, l.K, T, l.K, l.rank, false);
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < T; t++)

@@ -71,13 +71,13 @@ inline void norm_backward(const float* x, const float* stats, Learned weight, Le
     }
 }
 
-// The derivative of gelu_new at x: s + x s (1 - s) 2u', with s = 1 / (1 + e^(-2u)) and u as in gelu_new.
+// The derivative of gelu_new at x: s + x s (1 - s) 2u', with s = 1 / (1 + e^(-2u)), 1 - s = e^(-2u) s, and u as in gelu_new.
 inline vec gelu_new_slope(vec x) {
     const vec xx = mul(x, x);
     const vec u2 = mul(mul(x, all(1.5957691216f)), fma(xx, all(0.044715f), all(1)));
-    const vec s = div(all(1), add(all(1), exp(higher(lower(sub(zero(), u2), all(88.f)), all(-87.f)))));
+    const vec e = exp(lower(sub(zero(), u2), all(60.f))), s = div(all(1), add(all(1), e));
     const vec slope = mul(all(1.5957691216f), fma(xx, all(3 * 0.044715f), all(1)));
-    return fma(mul(mul(x, s), sub(all(1), s)), slope, s);
+    return fma(mul(mul(x, s), mul(e, s)), slope, s);
 }
 
 // One step of AdamW for n numbers, as torch takes it: shrink is 1 - lr * decay, rate lr / (1 - beta1^t), root sqrt(1 - beta2^t).

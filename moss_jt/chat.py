@@ -173,7 +173,8 @@ class Conversation:
         self.dropped = 0
 
     def prompt_ids(self, text: str, max_new_tokens: int = MAX_NEW_TOKENS) -> list[int]:
-        """The ids from which the answer to ``text`` would be generated now, ``<|MOSS|>:`` being the last."""
+        """The ids from which the model would go on now to answer ``text``: ``<|MOSS|>:`` is the last, or with plugins
+        ``<|Inner Thoughts|>:``."""
         return self._fit(text, max_new_tokens)[0]
 
     @property

@@ -9,6 +9,7 @@ Sizes are bytes. Every call raises MossError where the runtime answers with an e
 from __future__ import annotations
 
 import ctypes
+import time
 import weakref
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from functools import cache
@@ -22,10 +23,14 @@ _TO_DEVICE, _TO_HOST, _ON_DEVICE = 1, 2, 3  # enum cudaMemcpyKind
 _MAPPED = 2  # cudaHostAllocMapped: kernels can read it, too
 _NON_BLOCKING, _NO_TIMING = 1, 2
 _OUT_OF_MEMORY = 2
+_GLOBAL = 1  # cudaMemAttachGlobal
+_PREFERRED_LOCATION, _ACCESSED_BY = 3, 5  # enum cudaMemoryAdvise
+_AT_DEVICE, _AT_HOST = 1, 2  # enum cudaMemLocationType
+_CONCURRENT_MANAGED_ACCESS = 89  # enum cudaDeviceAttr
 
 
 class OutOfDeviceMemory(MossError):
-    """The device has no room for what was asked; nothing was allocated."""
+    """The device has no room for what was asked; nothing was allocated. Says so as the runtime does: out of memory."""
 
 
 class Memory:
@@ -36,6 +41,61 @@ class Memory:
         _call("cudaMalloc", byref(pointer), c_size_t(max(1, nbytes)))
         self.pointer, self.nbytes = pointer.value, nbytes
         self.free = weakref.finalize(self, _quietly, "cudaFree", pointer)
+
+
+class Managed:
+    """``nbytes`` that the host and the device have at one address, ``pointer``, and the host as ``bytes``, uint8 (nbytes,).
+
+    They are in RAM, and the device reads them over the link, until they are moved. Where the driver cannot move pages ahead of
+    their use, as on Windows' and WSL's, it moves all of them whenever it sees fit, and the host must not touch them while the
+    device is busy.
+    """
+
+    def __init__(self, nbytes: int):
+        pointer = c_void_p()
+        _call("cudaMallocManaged", byref(pointer), c_size_t(max(1, nbytes)), c_uint(_GLOBAL))
+        self.pointer, self.nbytes = pointer.value, nbytes
+        self.bytes = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(self.pointer), np.uint8)
+        self.free = weakref.finalize(self, _quietly, "cudaFree", pointer)
+        if _moves_pages():
+            for advice, on_device in ((_PREFERRED_LOCATION, False), (_ACCESSED_BY, True)):
+                _call("cudaMemAdvise", pointer, c_size_t(nbytes), c_int(advice), _location(on_device))
+
+    def move(self, to_device: bool, stream: Stream) -> None:
+        """Begin to bring it to the device, or back."""
+        if _moves_pages():
+            flags = () if _version() < 13000 else (c_uint(0),)
+            where = _location(to_device)
+            _call("cudaMemPrefetchAsync", c_void_p(self.pointer), c_size_t(self.nbytes), where, *flags, stream.handle)
+
+
+class _Location(ctypes.Structure):
+    """struct cudaMemLocation, with which CUDA 13 says where memory is; before, it was the device's number, or -1."""
+
+    _fields_ = (("type", c_int), ("id", c_int))
+
+
+def _location(on_device: bool) -> _Location | c_int:
+    device = c_int()
+    _call("cudaGetDevice", byref(device))
+    if _version() >= 13000:
+        return _Location(_AT_DEVICE, device.value) if on_device else _Location(_AT_HOST, 0)
+    return device if on_device else c_int(-1)
+
+
+@cache
+def _version() -> int:
+    found = c_int()
+    _call("cudaRuntimeGetVersion", byref(found))
+    return found.value
+
+
+@cache
+def _moves_pages() -> bool:
+    device, found = c_int(), c_int()
+    _call("cudaGetDevice", byref(device))
+    _call("cudaDeviceGetAttribute", byref(found), c_int(_CONCURRENT_MANAGED_ACCESS), device)
+    return bool(found.value)
 
 
 class Stream:
@@ -80,7 +140,10 @@ def pinned(nbytes: int) -> np.ndarray:
     """Host memory that never leaves RAM, uint8 (nbytes,): copies from it run at the link's speed and beside everything else,
     and kernels can read it at the same address."""
     pointer = c_void_p()
-    _call("cudaHostAlloc", byref(pointer), c_size_t(max(1, nbytes)), c_uint(_MAPPED))
+    try:
+        _call("cudaHostAlloc", byref(pointer), c_size_t(max(1, nbytes)), c_uint(_MAPPED))
+    except OutOfDeviceMemory:  # of which there is enough: it is the host's that cannot be had
+        raise MossError(f"{nbytes / 1e9:.2f} GB of RAM cannot be pinned for the GPU: give less with --ram") from None
     buffer = (ctypes.c_uint8 * nbytes).from_address(pointer.value)
     weakref.finalize(buffer, _quietly, "cudaFreeHost", pointer)  # an array over it, or a view of one, keeps it
     return np.frombuffer(buffer, np.uint8) if nbytes else np.empty(0, np.uint8)
@@ -90,6 +153,22 @@ def to_device(pointer: int, source: np.ndarray, stream: Stream | None = None) ->
     """Copy a contiguous array; returns at once where it is pinned, and then it must stay as it is until the stream is past."""
     size = c_size_t(source.nbytes)
     _call("cudaMemcpyAsync", c_void_p(pointer), c_void_p(source.ctypes.data), size, c_int(_TO_DEVICE), _handle(stream))
+
+
+def rows_to_device(pointer: int, pitch: int, source: np.ndarray, stream: Stream) -> None:
+    """Copy uint8 (n, width) of pinned memory, rows any distance apart, to rows ``pitch`` bytes apart; returns at once."""
+    _rows(pointer, pitch, source.ctypes.data, source.strides[0], source, _TO_DEVICE, stream)
+
+
+def rows_to_host(target: np.ndarray, pointer: int, pitch: int, stream: Stream) -> None:
+    """The way back of rows_to_device."""
+    _rows(target.ctypes.data, target.strides[0], pointer, pitch, target, _TO_HOST, stream)
+
+
+def _rows(to: int, to_pitch: int, source: int, pitch: int, rows: np.ndarray, kind: int, stream: Stream) -> None:
+    height, width = rows.shape
+    there = (c_void_p(to), c_size_t(to_pitch), c_void_p(source), c_size_t(pitch))
+    _call("cudaMemcpy2DAsync", *there, c_size_t(width), c_size_t(height), c_int(kind), stream.handle)
 
 
 def on_device(pointer: int, source: int, nbytes: int) -> None:
@@ -112,6 +191,20 @@ def memory_info() -> tuple[int, int]:
     free, total = c_size_t(), c_size_t()
     _call("cudaMemGetInfo", byref(free), byref(total))
     return free.value, total.value
+
+
+def link_bandwidth() -> float:
+    """Bytes a second from pinned host memory to the device: of 64 MiB, best of three."""
+    source = pinned(64 << 20)
+    memory = Memory(source.nbytes)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        to_device(memory.pointer, source)
+        synchronize()
+        return time.perf_counter() - start
+
+    return source.nbytes / min(seconds() for _ in range(4))  # the first one wakes the link
 
 
 def synchronize() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 
@@ -16,7 +17,9 @@ from .meta_instruction import read_meta_instruction
 from .model import Model
 from .plugins import Plugin
 from .sampling import Sampling
+from .sizes import parse_size
 from .stopping import Stop
+from .swap import Plan
 from .tokenizer import load_tokenizer
 from .weights import open_weights
 
@@ -28,6 +31,9 @@ def load(
     ram: str | int | None = None,
     kv_cache: str = "fp16",
     vram: str | int | None = None,
+    swap: str = "auto",
+    planned: Callable[[Plan], object] | None = None,
+    adapter: str | Path | None = None,
 ) -> Moss:
     """Open a converted checkpoint for use.
 
@@ -35,7 +41,11 @@ def load(
     n_ctx are, since the model was never trained beyond. ram: the most memory to use, in bytes or like ``"6GiB"``; weights that
     do not fit are read from disk for every sweep; None: what is available less a margin. kv_cache: ``"fp16"`` or ``"int8"``, in
     what the keys and values of tokens are kept. vram: the most of a GPU's memory, besides what CUDA itself takes there; weights
-    that do not fit wait in RAM, or on disk, and are brought for every sweep; None: what is free less a margin.
+    that do not fit wait in RAM, or on disk; None: what is free less a margin. swap: what becomes of those: ``"stream"``: they
+    are brought for every sweep; ``"host"``: the CPU computes with them; ``"auto"``: what is faster, sweep by sweep;
+    ``"unified"``: the driver moves them, told ahead. planned: is called with the plan, what lives where, before weights are
+    brought anywhere. adapter: the folder of a LoRA adapter that was trained for this model; the CPU computes it beside the
+    weights.
 
     Raises MossError where the folder, the device, a budget or this machine's setup is at fault. The first call on a machine
     compiles for minutes, and says so on stderr.
@@ -45,7 +55,14 @@ def load(
     weights = open_weights(folder)
     tokenizer = load_tokenizer(folder)
     context = min(context, weights.config.n_ctx)
-    on = open_device(weights, context, ram, kv_cache, device, vram)
+    low_rank = None
+    if adapter is not None:
+        from .train.low_rank import LowRankTerms
+
+        low_rank = LowRankTerms(weights.config, Path(adapter)).blocks()
+        if ram is not None:
+            ram = parse_size(ram) - sum(x.nbytes for block in low_rank for both in block for x in both)
+    on = open_device(weights, context, ram, kv_cache, device, vram, swap, planned, low_rank)
     return Moss(Model(weights, context, kv_cache=kv_cache, device=on), tokenizer, read_meta_instruction(folder))
 
 

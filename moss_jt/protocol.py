@@ -66,7 +66,7 @@ class Protocol:
 
     def consulted(self, written: list[int]) -> list[Segment]:
         """Thoughts and commands: what the model wrote after ``<|Inner Thoughts|>:``, put right where it is incomplete."""
-        if written and written[-1] in (self._eom, self._eoc):
+        if written and written[-1] in self._tokenizer.special_ids - {self._eot}:  # what ended it
             written = written[:-1]
         if self._eot in written:
             end = written.index(self._eot) + 1

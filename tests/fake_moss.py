@@ -19,6 +19,7 @@ from moss_jt.errors import MossError
 from moss_jt.generate import Piece, Stats
 
 SPECIALS = ("<|endoftext|>", "<eoh>", "<eom>", "<eot>", "<eoc>", "<eor>")
+ENDS = {256 + SPECIALS.index(end) for end in ("<|endoftext|>", "<eom>", "<eoc>")}
 
 
 def runner() -> CliRunner:
@@ -45,14 +46,18 @@ class FakeTokenizer:
 
 
 class FakeMoss:
-    """``answer(question) -> str`` is what it says; ``prompts`` and ``calls`` record what it was asked, in order."""
+    """``answer(question) -> str`` is what it says; ``prompts`` and ``calls`` record what it was asked, in order.
 
-    def __init__(self, context: int = 4096, answer=None, delay: float = 0.0):
+    ``thinks(question) -> str`` is what it writes after ``<|Inner Thoughts|>:`` where there are plugins.
+    """
+
+    def __init__(self, context: int = 4096, answer=None, delay: float = 0.0, thinks=None):
         self.context, self.delay = context, delay
         self.config = SimpleNamespace(vocab_size=300, eos_token_id=258)
         self.tokenizer = FakeTokenizer()
         self.meta_instruction: str | None = None
         self.answer = answer or (lambda question: f" You said: {question}")
+        self.thinks = thinks or (lambda question: " None<eot>\n<|Commands|>: None<eoc>")
         self.prompts: list[list[int]] = []
         self.calls: list[dict] = []
         self.cached: list[int] = []
@@ -71,14 +76,18 @@ class FakeMoss:
         common = next((n for n, (a, b) in enumerate(zip(ids, self.cached)) if a != b), min(len(ids), len(self.cached)))
         self.last_stats = stats = Stats(len(ids), common)
         self.cached = list(ids)
-        question = self.tokenizer.decode(ids).rsplit("<|Human|>: ", 1)[-1].split("<eoh>")[0]
+        prompt = self.tokenizer.decode(ids)
+        question = prompt.rsplit("<|Human|>: ", 1)[-1].split("<eoh>")[0]
+        says = self.thinks if prompt.endswith("<|Inner Thoughts|>:") else self.answer
         decoder = codecs.getincrementaldecoder("utf-8")()
-        for i in self.tokenizer.encode(self.answer(question) + "<eom>")[:max_new_tokens]:
+        for i in self.tokenizer.encode(says(question) + "<eom>")[:max_new_tokens]:
             time.sleep(self.delay)
             stats.count(0.01)
-            stats.stopped = i == 258
+            stats.stopped = i in ENDS
             self.cached.append(i)
             yield Piece(i, "" if i >= 256 else decoder.decode(bytes([i])), 0.01)
+            if i in ENDS:
+                return
 
 
 def _echo_or_endless(question: str) -> str:

@@ -161,3 +161,17 @@ def test_gptq(tmp_path, monkeypatch, capsys):
     assert len(found["seconds_a_block"]) == 2 and found["tokens"] > 100 and found["act_order"]
     assert found["spilled_bytes"] == found["tokens"] * 4 * (3 * 256 + 512) and found["peak_memory_bytes"] > 1e7
     assert list((tmp_path / "dir").iterdir()) == []
+
+
+@pytest.mark.parametrize("budget", [[], ["--ram", "600MiB"]])
+def test_lora(tmp_path, monkeypatch, capsys, budget):
+    lora = program("lora")
+    monkeypatch.setattr(lora, "moon", lambda blocks: Config(blocks, 256, 4, 512, 8, 64, 24))
+    sizes = {"--layers": 3, "--dtype": "int4", "--rank": 2, "--tokens": 40, "--steps": 2, "--dir": tmp_path}
+    args = ["--json", *budget, *(word for option in sizes.items() for word in option)]
+    monkeypatch.setattr(sys, "argv", ["lora.py", *map(str, args)])
+    lora.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == 3 * 2 * (4 * 256 + 2 * 256 + 2 * (256 + 512)) and found["blocks"] == 3
+    assert len(found["seconds_a_step"]) == 3 and found["losses"][2] < found["losses"][0] and found["tokens_s"] > 0
+    assert found["peak_memory_bytes"] > 1e7 and list(tmp_path.iterdir()) == []

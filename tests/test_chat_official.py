@@ -8,6 +8,8 @@ import pytest
 
 from moss_jt.chat import META_INSTRUCTION
 from moss_jt.generate import Piece
+from moss_jt.meta_instruction import enabled
+from moss_jt.plugins import BUILT_IN, Plugin
 
 from .fake_moss import FakeMoss
 from .test_chat import say
@@ -44,12 +46,14 @@ def says(moss, ids):
 
 
 def test_prompts_are_those_of_the_official_code(official, golden):
-    opening = official.tokenizer.encode("<|MOSS|>:")
+    encode = official.tokenizer.encode
     for record in json.loads((golden / "dialogues.json").read_text()):
         text = official.tokenizer.decode(record["prompt_ids"])
         system, _, question = text.partition("<|Human|>: ")
         assert question.endswith("<eoh>\n")
         conversation = official.chat(system)
+        opening = encode("<|Inner Thoughts|>:" if conversation.plugins else "<|MOSS|>:")
+        assert bool(conversation.plugins) == ("- Calculator: enabled" in system or "- Equation solver: enabled" in system)
         assert conversation.prompt_ids(question[: -len("<eoh>\n")]) == record["prompt_ids"] + opening
 
 
@@ -83,11 +87,57 @@ def test_special_tokens_of_the_user_have_the_ids_of_plain_text(official, shared)
     assert conversation.prompt_ids(code) == official.tokenizer.encode(f"<|Human|>: {code}<eoh>\n") + end[2:]
 
 
-def test_a_real_model_reads_only_what_is_new(official_checkpoint, tmp_path):
+class Images(Plugin):
+    name, api, echo = "Text-to-image", "Text2Image(description)", False
+
+    def run(self, argument: str) -> str:
+        return "Image generated successfully."
+
+
+class Searched(Plugin):
+    """Finds what was found then."""
+
+    name, api, own_line = "Web search", "Search(query)", True
+    found = ""
+
+    def run(self, argument: str) -> str:
+        return self.found
+
+
+def plugin_turns(golden):
+    """Question, system text, and all ids of a turn with plugins, by the official code, with what its results say."""
+    firsts, seconds = (json.loads((golden / f"{name}.json").read_text()) for name in ("dialogues", "turns"))
+    for first, second in zip(firsts, seconds):
+        if " None" not in second["results"]:
+            yield first["prompt_ids"], second["prompt_ids"] + second["greedy_ids"], second["results"]
+
+
+def test_turns_with_plugins_are_the_official_ones(tiny, golden):
+    encode, search = tiny.tokenizer.encode, Searched()
+    turns = list(plugin_turns(golden))
+    assert len(turns) == 16
+    for prompt, ids, results in turns:
+        search.found = results.partition("=>\n")[2].rstrip("\n")
+        system, _, question = tiny.tokenizer.decode(prompt).partition("<|Human|>: ")
+        there = [*BUILT_IN.values(), search, Images()]
+        conversation = tiny.chat(system, plugins=enabled(system, there))
+        assert conversation.system == system
+        say(conversation, question[: -len("<eoh>\n")], greedy=True)
+        assert encode(system) + conversation.turns[0].ids == ids + encode("\n")
+
+
+@pytest.fixture(scope="module")
+def tiny(official_checkpoint, tmp_path_factory):
+    """The trained checkpoint."""
     import moss_jt
 
-    moss_jt.convert.weights(official_checkpoint("moss-tiny-sft"), tmp_path / "tiny")
-    moss = moss_jt.load(tmp_path / "tiny")
+    folder = tmp_path_factory.mktemp("official") / "tiny"
+    moss_jt.convert.weights(official_checkpoint("moss-tiny-sft"), folder)
+    return moss_jt.load(folder)
+
+
+def test_a_real_model_reads_only_what_is_new(tiny):
+    moss = tiny
     conversation = moss.chat()
     say(conversation, "你如何定义复杂对话？", greedy=True, max_new_tokens=20)
     seen = moss.last_stats.prompt_tokens + moss.last_stats.new_tokens - 1  # the last token was never an input

@@ -12,7 +12,7 @@ import pytest
 import moss_jt
 from moss_jt.chat import META_INSTRUCTION
 from moss_jt.cli import chat as cli
-from moss_jt.cli import ui
+from moss_jt.cli import plan, ui
 from moss_jt.cli.chat_commands import COMMANDS, parse
 from moss_jt.cli.chat_input import Lines
 from moss_jt.errors import MossError
@@ -171,6 +171,64 @@ def test_mistakes_are_one_line_and_end_a_pipe(moss, line, said):
     assert not moss.prompts
 
 
+# -- plugins --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calculating(moss):
+    """Divides where it may."""
+    moss.thinks = lambda question: ' divide<eot>\n<|Commands|>: Calculate("60/6"), Solve("x+y=3;x-y=1")<eoc>'
+    return moss
+
+
+def test_answers_on_stdout_and_commands_beside_them(calculating):
+    result = run("one\n/retry\n", "--plugins", "calculator,solver")
+    assert result.stdout == "You said: one\n" * 2
+    assert result.stderr == 'Calculate("60/6") → 10.0\nSolve("x+y=3;x-y=1") → x = 2, y = 1\n' * 2
+
+
+def test_which_plugins(calculating):
+    on = "- Calculator: enabled. API: Calculate(expression)\n"
+    calculating.meta_instruction = f"Hi.\n{on}"
+    seen = []
+    calculating.answer = lambda question: seen.append("Calculate(" in run_before(calculating)) or " ok"
+    answers("a\n/plugins off\nb\n/system Brief.\nc\n/plugins calculator\nd\n/system default\ne\n/plugins default\nf\n")
+    answers("g\n", "--no-plugins")
+    answers("h\n", "--system", "Brief.")
+    answers("i\n", "--system", f"Brief.\n{on}")
+    assert seen == [True, False, False, True, True, True, False, False, True]
+    shown = run("/plugins\n").stderr
+    assert re.search(r"calculator +Calculate\(expression\) +on\n +solver +Solve\(equation\) +off\n", shown)
+
+
+def run_before(moss) -> str:
+    """What came between the last question and its answer."""
+    return moss.tokenizer.decode(moss.prompts[-1]).rsplit("<eoh>", 1)[1]
+
+
+def test_plugins_of_a_saved_conversation(calculating, tmp_path):
+    file = tmp_path / "talk.json"
+    answers(f"one\n/save {file}\n", "--plugins", "calculator")
+    answers("two\n", "--load", str(file))
+    assert "Calculate(" in run_before(calculating)
+    answers(f"/load {file}\ntwo\n", "--no-plugins")
+    assert "Calculate(" not in run_before(calculating) and "Calculate(" in calculating.tokenizer.decode(calculating.prompts[-1])
+
+
+def test_no_such_plugin(moss):
+    result = run("", "--plugins", "search")
+    assert result.exit_code == 2 and "no plugin search; there are calculator, solver" in result.stderr
+    assert str(run("/plugins search\n").exception) == "no plugin search; there are calculator, solver"
+
+
+def test_long_results_are_short_on_the_terminal(capsys):
+    ui.ran('Calculate("9^999")', f"'{9**999}'")
+    assert len(capsys.readouterr().err) < 240
+
+
+# -- settings -------------------------------------------------------------------------------------------------------------
+
+
 def test_a_wrong_setting_leaves_the_old_one(moss):
     session = cli.Session(moss, None, None, {"temperature": 0.7, "seed": None}, False)
     for bad in ("temperature 0", "temperature x", "seed -1"):
@@ -192,6 +250,22 @@ def test_stats(moss):
     assert f"prefill {len(moss.prompts[0])} tokens + 0 cached, 0.01 s, " in once
     assert f"decode {tokens} tokens, {(tokens - 1) / 100:.2f} s, 100.0 tokens/s\n  KV cache 12.3 MB in int8; memory " in once
     assert "No answer yet" in run("/stats\n").stderr or moss.prompts
+
+
+def test_stats_begin_with_the_plan(moss, monkeypatch):
+    """Before anything is loaded."""
+    told = []
+    monkeypatch.setattr(plan, "in_short", lambda folder, planned: [f"  plan of {planned} in {folder}"])
+
+    def load(folder, planned, **options):
+        told.append(planned)
+        if planned:
+            planned("a model")
+        raise MossError("not loaded")
+
+    monkeypatch.setattr(moss_jt, "load", load)
+    assert run("one\n", "--stats").stderr == "  plan of a model in folder\n"
+    assert run("one\n").stderr == "" and told[1] is None
 
 
 def test_what_was_cut_off_is_said(moss):

@@ -62,6 +62,13 @@ def test_raw_is_continued_as_it_is(moss):
     assert prompt(moss) == "kept\n\n"
 
 
+def test_stats(moss):
+    result = run("你好", "--stats")
+    assert result.stdout == "You said: 你好\n" and result.stderr.count("tokens/s") == 2 and "KV cache" in result.stderr
+    assert callable(moss.loads[-1]["planned"])
+    assert run("你好").stderr == "" and moss.loads[-1]["planned"] is None
+
+
 @pytest.mark.parametrize("args", [(), ("-",)])
 def test_a_prompt_from_a_pipe(moss, args):
     assert run(*args, stdin="两\nlines \n\n".encode()).stdout == "You said: 两\nlines\n"
@@ -98,10 +105,13 @@ def test_settings_reach_the_model(moss):
 
 def test_what_the_model_is_loaded_with(moss):
     run("hi")
-    run("hi", "--context", "99", "--ram", "6GiB", "--device", "cpu", "--kv-cache", "int8", "--vram", "4GiB")
+    run("hi", "--context", "99", "--ram", "6GiB", "--device", "cpu", "--kv-cache", "int8", "--vram", "4GiB", "--swap", "host")
     assert moss.loads == [
-        {"device": "auto", "context": 2048, "ram": None, "kv_cache": "fp16", "vram": None},
-        {"device": "cpu", "context": 99, "ram": 6 << 30, "kv_cache": "int8", "vram": 4 << 30},
+        {"device": "auto", "context": 2048, "ram": None, "kv_cache": "fp16", "vram": None, "swap": "auto", "planned": None},
+        {
+            **{"device": "cpu", "context": 99, "ram": 6 << 30, "kv_cache": "int8", "vram": 4 << 30, "swap": "host"},
+            "planned": None,
+        },
     ]
     defaults = inspect.signature(moss_jt.moss.load).parameters
     assert all(defaults[name].default == value for name, value in moss.loads[0].items())
@@ -186,3 +196,14 @@ def test_the_guide_names_every_option_and_command():
     assert [row for row in rows if row not in guide] == []
     defaults = {s.default for s in SETTINGS.values() if s.default and s.default is not True}
     assert all(f"| {value} |" in guide for value in defaults)
+
+
+def test_plugins(moss):
+    moss.thinks = lambda question: ' divide<eot>\n<|Commands|>: Calculate("60/6")<eoc>'
+    result = run("how many?", "--plugins", "calculator")
+    assert (result.stdout, result.stderr) == ("You said: how many?\n", 'Calculate("60/6") → 10.0\n')
+    found = json.loads(run("how many?", "--plugins", "calculator", "--json").stdout)
+    assert found["text"] == "You said: how many?"
+    written = moss.thinks("") + " You said: how many?<eom>"
+    assert found["ids"] == moss.tokenizer.encode(written) and found["new_tokens"] == len(found["ids"])
+    assert "--plugins belongs to the dialogue format" in run("--raw", "x", "--plugins", "solver", ok=False).stderr

@@ -9,6 +9,7 @@ import pytest
 
 from moss_jt import convert
 from moss_jt.cli import main
+from moss_jt.errors import MossError
 from tests.checkpoints import random_state, small_config, write_official
 from tests.gptq_checkpoints import random_gptq
 
@@ -97,6 +98,36 @@ def test_what_people_see(tmp_path, info):
     ):
         assert text in stdout
     assert "block-02" not in stdout and "\x1b" not in stdout
+
+
+CALCULATOR = "- Calculator: enabled. API: Calculate(expression)\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "plugins"), [("Hi.\n", []), (f"Hi.\n{CALCULATOR}- Equation solver: enabled.\n", ["calculator", "solver"])]
+)
+def test_a_system_text_of_its_own(tmp_path, info, text, plugins):
+    src = write_official(tmp_path / "src", CONFIG, STATE)
+    assert json.loads(info("--json", src)[1])["meta_instruction"] is None
+    (src / "meta_instruction.txt").write_text(text, encoding="utf-8")
+    dst = convert.weights(src, tmp_path / "dst")
+    assert (dst / "meta_instruction.txt").read_text(encoding="utf-8") == text
+    for folder in (src, dst):
+        assert json.loads(info("--json", folder)[1])["meta_instruction"] == {"characters": len(text), "plugins": plugins}
+        stdout = " ".join(info(folder)[1].split())
+        assert f"its own, {len(text)} characters, with {', '.join(plugins) or 'no plugins'}" in stdout
+    again = convert.export(dst, tmp_path / "again")
+    assert (again / "meta_instruction.txt").read_text(encoding="utf-8") == text
+
+
+def test_a_system_text_that_is_none(tmp_path, info):
+    src = write_official(tmp_path / "src", CONFIG, STATE)
+    (src / "meta_instruction.txt").write_bytes(b"\xff")
+    code, stdout, _ = info("--json", src)
+    assert code == 1 and json.loads(stdout)["problems"] == [f"{src / 'meta_instruction.txt'}: not UTF-8 text"]
+    with pytest.raises(MossError, match="not UTF-8 text"):
+        convert.weights(src, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
 
 
 def test_problems_are_listed_and_the_code_is_1(tmp_path, info):

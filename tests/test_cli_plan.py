@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from moss_jt.cli import main
-from moss_jt.swap import speeds
+from moss_jt.cli.plan import in_short
+from moss_jt.swap import make_plan, smallest, speeds
 from moss_jt.swap.plan import Speeds
 
 from .swap.models import plan, write
@@ -89,6 +90,23 @@ def test_refusals(capsys, weights, tmp_path):
         assert run(capsys, *args)[0] == 2
     code, _, err = run(capsys, tmp_path / "none")
     assert code == 1 and err.endswith("no such folder\n") and err.count("\n") == 1
+
+
+def test_in_short(weights, monkeypatch):
+    """As --stats shows it: with speeds where they are known already, and those of a GPU's link."""
+    p, known = plan(weights, 0.4, 512), Speeds(2e10, 1e9, 1e11)
+    monkeypatch.setattr(speeds, "remembered", lambda folder: known)
+    places, moved, decode = in_short(weights.folder, p)
+    assert f"{len(p.streamed_blocks)} streamed □; lm_head " in places and "of RAM" in places
+    assert f"read from disk {p.disk_bytes / 1e9:.2f} GB a token, at 1.0 GB/s" in moved and "read from memory" in moved
+    assert decode == f"  decode {p.decode(known).tokens_s:,.0f} tokens/s; the limit is disk"
+    monkeypatch.setattr(speeds, "remembered", lambda folder: None)
+    places, moved = in_short(weights.folder, plan(weights, 1))
+    assert "5 resident; lm_head resident; KV cache " in places and "disk" not in moved and "GB/s" not in moved
+    on_gpu = make_plan(weights.config, weights.coding, 512, smallest(weights.config, weights.coding, 512, gpu=True), gpu=True)
+    monkeypatch.setattr(speeds.cudart, "link_bandwidth", lambda: 2e10)
+    places, moved, decode = in_short(weights.folder, on_gpu)
+    assert "of the GPU's memory" in places and "over the link" in moved and decode.endswith("the limit is link")
 
 
 def test_jittor_is_not_imported(weights):

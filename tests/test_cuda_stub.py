@@ -143,10 +143,12 @@ def test_several_ops_and_one_of_jittor_s_own(done):
 MODEL = r"""
 import gc, json, os, sys
 import numpy as np
-from moss_jt import cudart
+from moss_jt import cudart, devices
 from moss_jt.devices import check, open_device
 from moss_jt.model import Model, Request
 from moss_jt.sampling import Sampling
+from moss_jt.swap import speeds
+from moss_jt.swap.plan import Speeds
 from moss_jt.weights import open_weights
 
 def mark(text):
@@ -155,13 +157,15 @@ def mark(text):
 
 check.check = lambda *what: None  # kernels do nothing here
 weights = open_weights(sys.argv[1])
-vram, ram = (int(size) if size != "None" else None for size in sys.argv[2:])
+vram, ram = (int(size) if size != "None" else None for size in sys.argv[2:4])
+# A token is computed by the CPU, and some are not.
+speeds.measured, devices.link_bandwidth = (lambda *which: Speeds(1e12, 1e9, 1e11)), (lambda: 10e9)
 mark("import")
 from moss_jt.runtime import jittor
 jittor("cuda")
 before = cudart.memory_info()[0]
 mark("load")
-device = open_device(weights, 64, ram, kv_cache="int8", device="cuda", vram=vram)
+device = open_device(weights, 64, ram, kv_cache="int8", device="cuda", vram=vram, swap=sys.argv[4])
 model = Model(weights, 64, kv_cache="int8", device=device)
 ids, greedy = np.arange(20), Sampling(greedy=True)
 mark("prompt")
@@ -184,17 +188,18 @@ mark("end")
 print(json.dumps({
     "logits": list(logits.shape), "one": [type(one).__name__, list(one.ids.shape)], "batch": [len(b) for b in batch],
     "rows": list(rows.shape), "freed": cudart.memory_info()[0] - used, "peak": peak, "planned": plan.peak, "streams": streams,
-    "streamed": plan.streamed_blocks, "ranges": plan.head_ranges(), "slot": plan.slot, "disk": disk,
+    "streamed": plan.streamed_blocks, "host": plan.host_blocks, "from": plan.streams_from,
+    "ranges": plan.head_ranges(), "slot": plan.slot, "disk": disk,
 }))
 """
 
 
-def run_model(weights, vram=None, ram=None) -> tuple[dict, dict]:
+def run_model(weights, vram=None, ram=None, swap="stream") -> tuple[dict, dict]:
     """What the program answers, and for each of its marks what the stubs wrote."""
     log = weights.folder.parent / "log"
     log.unlink(missing_ok=True)
     env = {**os.environ, "LD_LIBRARY_PATH": str(STUB / "lib64"), "nvcc_path": str(STUB / "bin/nvcc"), "MOSS_STUB_LOG": str(log)}
-    command = [sys.executable, "-c", MODEL, str(weights.folder), str(vram), str(ram)]
+    command = [sys.executable, "-c", MODEL, str(weights.folder), str(vram), str(ram), swap]
     ran = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
     assert ran.returncode == 0
     parts = re.split(r"^--- (.+)\n", log.read_text(), flags=re.MULTILINE)
@@ -250,3 +255,36 @@ def test_streamed(weights, ram):
     for count in (len(over), both.count(f"wait stream {over[0][1]}"), both.count("wait stream (nil)")):
         assert abs(count - expected) <= ahead
     assert "malloc" not in both and "pinned" not in both
+
+
+def crossed(log: str, kind: int) -> list[int]:
+    """Bytes of each copy of rows of keys and values."""
+    return [int(size) for size in re.findall(rf"copy2d kind {kind} (\d+)", log)]
+
+
+@pytest.mark.parametrize("swap", ["host", "auto"])
+def test_blocks_that_the_cpu_computes(weights, swap):
+    """For a token one state goes to the device, and nothing else; kernels are launched for the other blocks only."""
+    if b"cudaMemcpy2DAsync" not in (STUB / "lib64/libcudart.so").read_bytes():
+        pytest.skip("the stub has no cudaMemcpy2DAsync")
+    least = smallest(weights.config, weights.coding, 64, "int8", True, swap)
+    answer, log = run_model(weights, least + 6_000_000, swap=swap)
+    blocks, n = len(answer["host"]), weights.config.n_layer
+    assert 0 < blocks < n and answer["peak"] <= answer["planned"] <= least + 6_000_000 and answer["ranges"] == []
+    assert answer["host"] == list(range(blocks)) and answer["streamed"] == (answer["host"] if swap == "auto" else [])
+    assert answer["streams"] is False and answer["disk"] == 0 and answer["one"] == ["Likeliest", [1]]
+    state = 4 * weights.config.n_embd
+    for part in ("token", "token again"):
+        assert state in copied(log[part], 1) and sum(copied(log[part], 1)) <= state + 4 * 64
+        assert crossed(log[part], 1) == crossed(log[part], 2) == []
+        assert 4 * (n - blocks) < log[part].count("launch") < 8 * (n - blocks) + 12
+        assert "malloc" not in log[part] and "pinned" not in log[part]
+    row = weights.config.cache_bytes_per_token("int8") // n
+    if swap == "host":
+        assert state * 20 in copied(log["prompt"], 1) and crossed(log["prompt"], 1) == []
+        return
+    # 20 tokens are more than a sweep of the CPU may have; nothing was there before, so new rows go back and none come.
+    assert 2 <= answer["from"] <= 20
+    assert crossed(log["prompt"], 1) == [] and sum(crossed(log["prompt"], 2)) == 20 * row * blocks
+    weights_of = [size for size in copied(log["prompt"], 1) if size > 1_000_000]
+    assert blocks - 2 <= len(weights_of) <= blocks + 2 and max(weights_of) <= answer["slot"]

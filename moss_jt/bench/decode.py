@@ -25,10 +25,11 @@ _SECONDS, _HOLLOW_SECONDS = 0.3, 0.03  # a sample lasts, or one sweep
 GREEDY = Sampling(greedy=True)
 
 
-def open_model(weights: Weights, kv_cache: str, device: str) -> Model:
-    """For the longest context there is; on the CPU all weights are mapped."""
+def open_model(weights: Weights, kv_cache: str, device: str, swap: str = "auto") -> Model:
+    """For the longest context there is; on the CPU all weights are mapped. ``swap``: as open_device takes it."""
     context = weights.config.n_ctx
-    on = open_device(weights, context, kv_cache=kv_cache, device=device) if wants_gpu(device) else None
+    wanted = wants_gpu(device) or swap != "auto"
+    on = open_device(weights, context, kv_cache=kv_cache, device=device, swap=swap) if wanted else None
     return Model(weights, context, kv_cache=kv_cache, device=on)
 
 
@@ -39,6 +40,7 @@ class Decode:
     used: int = 128
     batch: int = 1
     kv_cache: str = "fp16"
+    swap: str = "auto"
 
     def check(self, shape: Shape, folder: Path) -> None:
         """Raises MossError where so many tokens, or the weights in ``folder``, do not fit."""
@@ -48,7 +50,7 @@ class Decode:
 
     def run(self, weights: Weights, threads: int, repeat: int, device: str = "cpu") -> dict:
         page_cache.fill(weights)
-        model = open_model(weights, self.kv_cache, device)
+        model = open_model(weights, self.kv_cache, device, self.swap)
         work, hollow = Sweeps(model, self.used, self.batch), _hollow(weights, self.batch, self.kv_cache, device)
         limit = device_limits.copy() if model.on_gpu else limits.memory_read(threads)
         samples, memory = in_turn(limit, lambda: (work.tokens_s(), hollow.tokens_s(_HOLLOW_SECONDS)), repeat)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ from ..errors import MossError
 from ..machine import GIB, MIB
 from ..ops.kernel import header
 from ..runtime import compiling, float_environment_kept, jittor
+from .apart import run_apart
 from .pairs import Limit, rate
 
 # Work is handed out in pieces as threads come for them: one that is slowed down must not pass for the machine's limit.
@@ -88,10 +86,9 @@ def disk_read(folder: Path) -> Limit:
     Measured by a process of its own, since its memory belongs to no budget. Raises MossError where it cannot be.
     """
     code = "import sys; from moss_jt.machine import disk_bandwidth as b; print(b(sys.argv[1]))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(machine.__file__).parents[1])}
 
     def measure() -> float:
-        done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=environment)
+        done = run_apart(code, str(folder), errors=True)
         if done.returncode:
             raise MossError(done.stderr.strip().rpartition("MossError: ")[2])
         return float(done.stdout)

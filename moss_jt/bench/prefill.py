@@ -24,6 +24,7 @@ class Prefill:
 
     prompt: int = 128
     kv_cache: str = "fp16"
+    swap: str = "auto"
 
     def check(self, shape: Shape, folder: Path) -> None:
         """Raises MossError where so many tokens, or the weights in ``folder``, do not fit."""
@@ -33,7 +34,7 @@ class Prefill:
 
     def run(self, weights: Weights, threads: int, repeat: int, device: str = "cpu") -> dict:
         page_cache.fill(weights)
-        model = open_model(weights, self.kv_cache, device)
+        model = open_model(weights, self.kv_cache, device, self.swap)
         work, limit = Prompts(model, self.prompt), device_limits.multiply() if model.on_gpu else limits.multiply_add(threads)
         tokens_s, arithmetic = in_turn(limit, work.tokens_s, repeat)
         shape = Shape.of(weights)

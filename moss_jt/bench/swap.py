@@ -12,6 +12,8 @@ from ..errors import MossError
 from ..model import Model
 from ..sizes import gib
 from ..swap import Plan, make_plan
+from ..swap.plan import Speeds
+from ..swap.speeds import arithmetic
 from ..weights import Weights
 from . import limits, page_cache
 from .decode import Sweeps
@@ -53,14 +55,17 @@ class Swap:
         work, limit = Sweeps(model, 0, self.batch), limits.disk_read(weights.folder)
         samples, disk = in_turn(limit, lambda: _sample(work, plan), repeat)
         tokens_s, counted = map(list, zip(*samples))
+        peak = machine.peak_memory()  # before what is measured for the prediction takes more
         token = plan.disk_bytes / self.batch
+        speeds = Speeds(limits.memory_read(threads).measure(), median(disk), arithmetic())
         return {
             "budget_bytes": self.budget,
-            "peak_memory_bytes": machine.peak_memory(),
+            "peak_memory_bytes": peak,
             "context": plan.context,
             "batch": self.batch,
             "kv_cache": self.kv_cache,
             "tokens_s": tokens_s,
+            "predicted_tokens_s": plan.decode(speeds).tokens_s * self.batch,
             "bytes_per_token": token,
             "bytes_per_token_counted": None if None in counted else median(counted),  # by Linux
             **compared(limit, [token * speed for speed in tokens_s], disk),

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import click
 
+from . import bench_vram
 from .device import DEVICE
-from .size import CONTEXT, KV_CACHE, SIZE
+from .size import CONTEXT, KV_CACHE, SIZE, SWAP
 
 if TYPE_CHECKING:
     from ..weights import Weights
@@ -59,24 +60,26 @@ _batch = click.option("--batch", type=click.IntRange(1, 512), default=1, show_de
 @click.option("--context-used", type=click.IntRange(0), default=128, show_default=True, help="Tokens in the cache.")
 @_batch
 @KV_CACHE
+@SWAP
 @_shared(samples=10)
-def _decode(context_used: int, batch: int, kv_cache: str, **options: Any) -> None:
+def _decode(context_used: int, batch: int, kv_cache: str, swap: str, **options: Any) -> None:
     """One token after the other, beside the speed of reading memory."""
     from ..bench import Decode
 
-    _measure(Decode(context_used, batch, kv_cache), **options)
+    _measure(Decode(context_used, batch, kv_cache, swap), **options)
 
 
 @command.command("prefill")
 @DEVICE
 @click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="How many tokens it has.")
 @KV_CACHE
+@SWAP
 @_shared(samples=5)
-def _prefill(prompt: int, kv_cache: str, **options: Any) -> None:
+def _prefill(prompt: int, kv_cache: str, swap: str, **options: Any) -> None:
     """A prompt at once, beside the speed of multiplying and adding."""
     from ..bench import Prefill
 
-    _measure(Prefill(prompt, kv_cache), **options)
+    _measure(Prefill(prompt, kv_cache, swap), **options)
 
 
 @command.command("swap")
@@ -101,6 +104,9 @@ def _load(**options: Any) -> None:
     _measure(Load(), **options)
 
 
+command.add_command(bench_vram.command)
+
+
 def _measure(work: Any, as_json: bool, threads: int | None, repeat: int, device: str | None = None, **source: Any) -> None:
     """device: where the work can be done on others than the CPU."""
     from .. import machine
@@ -108,7 +114,7 @@ def _measure(work: Any, as_json: bool, threads: int | None, repeat: int, device:
     from ..runtime import jittor
 
     threads = threads or machine.cores().usable
-    with _stopping_cleanly(), _weights(work, **source) as weights:
+    with stopping_cleanly(), _weights(work, **source) as weights:
         found = {"bench": type(work).__name__.lower(), "model": str(source["model"] or "random"), **about(weights, threads)}
         jittor(device or "cpu", threads)
         on = {"device": device} if device else {}
@@ -147,7 +153,7 @@ def _weights(
 
 
 @contextmanager
-def _stopping_cleanly() -> Iterator[None]:
+def stopping_cleanly() -> Iterator[None]:
     """Gigabytes of random weights must not stay behind: a request to end, or a closed terminal, stops us as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -29,6 +29,36 @@ def draw(found: dict) -> None:
     console.print(table)
 
 
+_SPEEDS = ("tokens/s", "planned", "of the\nlink")
+
+
+def draw_budgets(rows: list[dict]) -> None:
+    """A row for each case of ``bench vram``, and below the table why some have no figures."""
+    console, gpu = Console(), rows[0]["device"] == "cuda"
+    memory = ["VRAM", "RAM"] if gpu else ["RAM"]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "budget\nGiB", "swap", "tokens\nin use", *[f"peak {m}\nGiB" for m in memory], *_SPEEDS):
+        table.add_column(name, justify="left" if name in ("", "swap") else "right", no_wrap=True)
+    for row in rows:
+        if "why_not" not in row:
+            budget = "all" if row["budget"] is None else _gib(row["budget"])
+            peaks = [_gib(row[name]) for name in ("peak_vram_bytes", "peak_ram_bytes") if row[name] is not None]
+            share = "" if row["share"] is None else percent(row["share"])
+            speeds = [f"{row[name]:.3g}" for name in ("tokens_s", "predicted_tokens_s")]
+            table.add_row(row["dtype"], budget, row["swap"] or "resident", str(row["used"]), *peaks, *speeds, share)
+    if table.row_count:
+        console.print(table)
+    for row in rows:
+        if "why_not" in row:
+            budget = "resident" if row["budget"] is None else f"{gib(row['budget'])}, {row['swap']}"
+            line = f"{row['dtype']}, {budget}, {row['length']}: not measured: {row['why_not']}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f}"
+
+
 def _decode(found: dict) -> Iterator[tuple[str, str]]:
     yield "tokens/s", plus_minus(found["tokens_s"])
     yield "bytes a token", size(found["bytes_per_token"])
@@ -45,6 +75,7 @@ def _prefill(found: dict) -> Iterator[tuple[str, str]]:
 
 def _swap(found: dict) -> Iterator[tuple[str, str]]:
     yield "tokens/s", plus_minus(found["tokens_s"])
+    yield "the plan expects, of this disk and memory", f"{found['predicted_tokens_s']:.3g}"
     yield "from the disk for a token", size(found["bytes_per_token"])
     yield from _compared(found)
     yield f"most memory used, of {gib(found['budget_bytes'])}", gib(found["peak_memory_bytes"])

@@ -21,14 +21,17 @@ from .chat_options import check_options, load_model, shared_options, system_text
 @click.command("chat")
 @shared_options
 @click.option("--load", "saved", metavar="FILE", help="Go on with a conversation that /save wrote.")
-@click.option("--stats", is_flag=True, help="Show speeds and memory after each answer.")
+@click.option("--stats", is_flag=True, help="Show the plan, and speeds and memory after each answer.")
 def command(
     model: str,
+    adapter: str | None,
     system: str | None,
     plugins: list[Plugin] | None,
+    no_plugins: bool,
     context: int,
     kv_cache: str,
     vram: int | None,
+    swap: str,
     ram: int | None,
     device: str,
     saved: str | None,
@@ -39,8 +42,9 @@ def command(
     if sys.stdin is None:
         raise MossError("standard input is closed, so there is no message to answer")
     check_options(settings)
+    plugins = [] if no_plugins else plugins
     system = None if system is None else system_text(system)
-    moss = load_model(model, device, context, ram, kv_cache, vram)
+    moss = load_model(model, device, context, ram, kv_cache, vram, swap, stats, adapter)
     session = Session(moss, system, saved, settings, stats, plugins)
     if session.interactive:
         ui.note(f"MOSS · {Path(model).resolve().name} · context {moss.context}")

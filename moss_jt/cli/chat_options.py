@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
@@ -15,7 +16,7 @@ from ..errors import MossError
 from ..plugins import Plugin, built_in
 from . import ui
 from .device import DEVICE
-from .size import CONTEXT, KV_CACHE, RAM, VRAM
+from .size import CONTEXT, KV_CACHE, RAM, SWAP, VRAM
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ TEXT = _Text()
 
 
 class _Plugins(click.ParamType):
-    """Names of plugins, or off."""
+    """Names of plugins, a comma between them."""
 
     name = "names"
 
@@ -59,7 +60,7 @@ class _Plugins(click.ParamType):
         if not isinstance(value, str):
             return value
         try:
-            return [] if value == "off" else built_in(value)
+            return built_in(value)
         except MossError as e:
             self.fail(str(e), param, ctx)
 
@@ -77,11 +78,10 @@ def shared_options(command: Callable) -> Callable:
             callback=_or_demo,
             help="Folder of a converted checkpoint.  [default: the small demo model]",
         ),
+        click.option("--adapter", metavar="DIR", help="Folder of a LoRA adapter that was trained for the model."),
         click.option("--system", type=TEXT, metavar="TEXT|@FILE", help="In place of MOSS's meta instruction."),
         click.option("--plugins", metavar="NAMES", type=PLUGINS, help="What MOSS may call, such as calculator,solver."),
-        click.option(
-            "--no-plugins", "plugins", flag_value=(), type=click.UNPROCESSED, help="Nothing, whatever the system text enables."
-        ),
+        click.option("--no-plugins", is_flag=True, help="MOSS may call nothing, whatever the system text enables."),
         *(_option(name, setting) for name, setting in SETTINGS.items()),
         machine_options,
     ]
@@ -96,7 +96,7 @@ def _or_demo(ctx: click.Context, param: click.Parameter, folder: str | None) -> 
 
 def machine_options(command: Callable) -> Callable:
     """Add the options that say what a model may use of the machine: what ``load_model`` takes besides the folder."""
-    return _with([CONTEXT, KV_CACHE, RAM, VRAM, DEVICE], command)
+    return _with([CONTEXT, KV_CACHE, RAM, VRAM, SWAP, DEVICE], command)
 
 
 def _with(options: list[Callable], command: Callable) -> Callable:
@@ -128,15 +128,35 @@ def check_options(settings: dict[str, Any]) -> None:
         raise click.UsageError(str(e)) from None
 
 
-def load_model(folder: str, device: str, context: int, ram: int | None, kv_cache: str, vram: int | None) -> Any:
-    """The model in ``folder``; at a terminal, a line says what is being waited for. Raises MossError."""
+def load_model(
+    folder: str,
+    device: str,
+    context: int,
+    ram: int | None,
+    kv_cache: str,
+    vram: int | None,
+    swap: str,
+    stats: bool = False,
+    adapter: str | None = None,
+) -> Any:
+    """The model in ``folder``; at a terminal, a line says what is being waited for; with ``stats``, lines say what will live
+    where, before it is brought there. Raises MossError."""
     from .. import load
 
     if sys.stdout is None:
         raise MossError("stdout is closed, so there is nowhere to print an answer")
     if ui.is_terminal(sys.stderr):
         ui.note(f"Loading {folder} …")
-    return load(folder, device=device, context=context, ram=ram, kv_cache=kv_cache, vram=vram)
+    budgets = {"context": context, "ram": ram, "kv_cache": kv_cache, "vram": vram, "swap": swap}
+    tell = partial(_tell, Path(folder)) if stats else None
+    return load(folder, device=device, planned=tell, adapter=adapter, **budgets)
+
+
+def _tell(folder: Path, plan: Any) -> None:
+    from .plan import in_short
+
+    for line in in_short(folder, plan):
+        ui.note(line)
 
 
 def system_text(text: str) -> str:

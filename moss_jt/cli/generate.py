@@ -22,19 +22,24 @@ from .chat_options import TEXT, as_utf8, check_options, load_model, shared_optio
 @click.option(
     "--stop", type=TEXT, multiple=True, metavar="TEXT", help="Also stop at this text, which is not shown. Repeatable."
 )
+@click.option("--stats", is_flag=True, help="Show the plan, and speeds and memory after the answer.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end: text, ids, counts, speeds.")
 def command(
     prompt: str | None,
     model: str,
+    adapter: str | None,
     system: str | None,
     plugins: list[Plugin] | None,
+    no_plugins: bool,
     context: int,
     kv_cache: str,
     vram: int | None,
+    swap: str,
     ram: int | None,
     device: str,
     raw: bool,
     stop: tuple[str, ...],
+    stats: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -43,12 +48,13 @@ def command(
         if raw and value is not None:
             raise click.UsageError(f"{option} belongs to the dialogue format, which --raw leaves out")
     check_options(settings)
+    plugins = [] if no_plugins else plugins
     system = None if system is None else system_text(system)
     text = _read_prompt(prompt)
     text = text if raw else text.strip()
     if not text:
         raise MossError("the prompt is empty")
-    moss = load_model(model, device, context, ram, kv_cache, vram)
+    moss = load_model(model, device, context, ram, kv_cache, vram, swap, stats, adapter)
     settings["stop"] = _stops(moss, stop)
     pieces = moss.generate(text, **settings) if raw else moss.chat(system, plugins).send(text, told=ui.ran, **settings)
     with closing(pieces):
@@ -56,6 +62,8 @@ def command(
             _print_json(moss, pieces)
         else:
             ui.answer(pieces)
+    if stats:
+        ui.stats(moss)
 
 
 def _read_prompt(prompt: str | None) -> str:

@@ -70,6 +70,9 @@ def _summary(found: dict) -> Table:
             for kv_cache, count in found["cache_bytes_per_token"].items()
         ),
     }
+    if meta := found["meta_instruction"]:
+        plugins = ", ".join(meta["plugins"]) or "no plugins"
+        rows["system text"] = f"its own, {meta['characters']:,} characters, with {plugins}"
     table = _table()
     for name, value in rows.items():
         table.add_row(Text(name, style="bold"), Text(value))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..sizes import gib
-from .size import CONTEXT, KV_CACHE, RAM, SIZE
+from .size import CONTEXT, KV_CACHE, RAM, SIZE, SWAP
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,29 +22,41 @@ if TYPE_CHECKING:
     from ..swap.plan import Expected, Plan, Speeds
 
 
+_SIGNS = {"host": "▤", "host or streamed": "◧", "resident": "■", "streamed": "□"}
+
+
 @click.command("plan")
 @click.argument("folder", type=click.Path(path_type=Path))
 @RAM
 @click.option("--vram", type=SIZE, metavar="SIZE", help="Plan for a GPU, with so much of its memory.")
+@SWAP
 @CONTEXT
 @KV_CACHE
 @click.option("--measure/--no-measure", default=None, help="Measure speeds again, or not at all.  [default: once a day]")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def command(
-    folder: Path, ram: int | None, vram: int | None, context: int, kv_cache: str, measure: bool | None, as_json: bool
+    folder: Path,
+    ram: int | None,
+    vram: int | None,
+    swap: str,
+    context: int,
+    kv_cache: str,
+    measure: bool | None,
+    as_json: bool,
 ) -> None:
     """Say where the converted checkpoint in FOLDER would live here, what a token moves, and how fast that would be."""
-    from ..swap import make_plan, plan_for
-    from ..swap.speeds import measured, of_link
+    from ..swap import plan_for, plan_for_gpu, spare_memory
+    from ..swap.speeds import measured, of_gpu
     from ..weights import open_weights
 
-    if ram and vram:
-        raise click.UsageError("a plan is of RAM or of a GPU's memory: give --ram or --vram")
+    if swap != "auto" and not vram:
+        raise click.UsageError("--swap says what becomes of blocks that do not fit a GPU: give --vram, too")
     weights = open_weights(folder)
     context = min(context, weights.config.n_ctx)
     if vram:
-        plan = make_plan(weights.config, weights.coding, context, vram, kv_cache, gpu=True)
-        speeds = of_link() if measure is not False and plan.streams else None
+        known = cache(lambda: None if measure is False else of_gpu(folder, afresh=bool(measure)))
+        plan = plan_for_gpu(weights, context, vram, kv_cache, swap, ram or spare_memory(), known)
+        speeds = known() if plan.streams or plan.host_blocks else None
     else:
         plan = plan_for(weights, context, ram, kv_cache)
         speeds = None if measure is False else measured(folder, afresh=bool(measure))
@@ -49,6 +64,19 @@ def command(
         click.echo(json.dumps({"folder": str(folder), **_as_json(plan, speeds)}, ensure_ascii=False, indent=1))
     else:
         _draw(folder, plan, speeds, "--vram" if vram else "--ram" if ram else "what can be spared here")
+
+
+def in_short(folder: Path, plan: Plan) -> Iterator[str]:
+    """Lines about a plan that is about to be carried out, with speeds where they are known already."""
+    from ..swap import speeds
+
+    known = speeds.at_hand(plan, folder)
+    what = "of the GPU's memory" if plan.gpu else "of RAM"
+    places = _blocks(plan).splitlines()[0]
+    yield f"  plan {places}; lm_head {_head(plan)}; KV cache {gib(plan.memory['KV cache'])}; peak {gib(plan.peak)} {what}"
+    yield "  " + ", ".join(f"{name} {moved}" for name, moved in _moves(plan, known))
+    if known:
+        yield f"  decode {_expected(plan.decode(known))}"
 
 
 def _as_json(plan: Plan, speeds: Speeds | None) -> dict:
@@ -64,11 +92,29 @@ def _as_json(plan: Plan, speeds: Speeds | None) -> dict:
         "lm_head": {"rows": plan.config.vocab_size, "resident_rows": plan.head_rows, "streamed": plan.head_ranges()},
         "slots": plan.slots,
         "slot": plan.slot,
-        "bytes_per_token": {"link" if plan.gpu else "disk": plan.disk_bytes, "memory": plan.memory_bytes},
-        "speeds": speeds and {name: speed for name, speed in asdict(speeds).items() if isfinite(speed)},
+        "bytes_per_token": _bytes(plan),
+        "speeds": speeds and _speeds(asdict(speeds)),
         "decode": speeds and asdict(plan.decode(speeds)),
-        "prefill": (speeds and not plan.gpu and asdict(plan.prefill(speeds))) or None,
+        "prefill": (speeds and (plan.streams or not plan.gpu) and asdict(plan.prefill(speeds))) or None,
+        **(_of_gpu(plan) if plan.gpu else {}),
     }
+
+
+def _of_gpu(plan: Plan) -> dict:
+    streams_from = plan.streams_from if plan.computes_on_host(1) and plan.streamed_blocks else None
+    return {"swap": plan.swap, "streams_from": streams_from, "waiting": plan.waiting, "host_memory": plan.host_memory}
+
+
+def _bytes(plan: Plan) -> dict:
+    if plan.gpu:
+        return {"link": plan.disk_bytes, "memory": plan.memory_bytes, "host": plan.host_bytes}
+    return {"disk": plan.disk_bytes, "memory": plan.memory_bytes}
+
+
+def _speeds(known: dict) -> dict:
+    """Those that are known."""
+    found = {name: _speeds(speed) if isinstance(speed, dict) else speed for name, speed in known.items() if speed is not None}
+    return {name: speed for name, speed in found.items() if isinstance(speed, dict) or isfinite(speed)}
 
 
 def _draw(folder: Path, plan: Plan, speeds: Speeds | None, budget: str) -> None:
@@ -102,18 +148,21 @@ def _places(plan: Plan, budget: str) -> Table:
     for name, size in plan.memory.items():
         table.add_row(name, where.get(name, ""), gib(size) if size else "")
     table.add_row("wte", "on disk, a row is read for each token", "", end_section=True)
-    if plan.gpu and plan.streams:
-        table.add_row("in RAM", f"{gib(plan.disk_bytes)} of streamed weights, as far as there is room; the rest on disk", "")
+    if plan.gpu and plan.waiting:
+        beside = f"; {gib(plan.host_memory)} with what the CPU needs to compute" if plan.host_blocks else ""
+        table.add_row("in RAM", f"{gib(plan.waiting)} of weights, as far as there is room; the rest on disk{beside}", "")
     table.add_row("peak", f"of {gib(plan.budget)}, {budget}", gib(plan.peak), style="bold")
     return table
 
 
 def _blocks(plan: Plan) -> str:
-    streamed = len(plan.streamed_blocks)
-    if not streamed:
+    counts = Counter(plan.blocks)
+    if counts["resident"] == len(plan.blocks):
         return f"{len(plan.blocks)} resident"
-    picture = "".join("□" if i in plan.streamed_blocks else "■" for i in range(len(plan.blocks)))
-    return f"{len(plan.blocks) - streamed} resident ■, {streamed} streamed □\n{picture}"
+    by_cpu = f"on the host {_SIGNS['host or streamed']}, streamed from {plan.streams_from} tokens in a sweep on"
+    said = {"host": "computed by the CPU ▤", "host or streamed": by_cpu}
+    kinds = ", ".join(f"{counts[kind]} {said.get(kind, f'{kind} {sign}')}" for kind, sign in _SIGNS.items() if counts[kind])
+    return f"{kinds}\n{''.join(map(_SIGNS.get, plan.blocks))}"
 
 
 def _head(plan: Plan) -> str:
@@ -126,16 +175,25 @@ def _head(plan: Plan) -> str:
 def _moved(plan: Plan, speeds: Speeds | None) -> Table:
     """What a token costs, and what may be hoped for."""
     table = _table()
-    brought, read = ("over the link", "read from its memory") if plan.gpu else ("read from disk", "read from memory")
-    rows = [(brought, plan.disk_bytes, speeds and speeds.disk)] if plan.streams else []
-    for name, moved, speed in [*rows, (read, plan.memory_bytes, speeds and speeds.memory)]:
-        at = f", at {speed / 1e9:.1f} GB/s {moved / speed:.2f} s" if speed and isfinite(speed) else ""
-        table.add_row(name, f"{moved / 1e9:.2f} GB a token{at}")
+    for name, moved in _moves(plan, speeds):
+        table.add_row(name, moved)
     if speeds:
         table.add_row("decode", _expected(plan.decode(speeds)), style="bold")
-        if not plan.gpu:
+        if plan.streams or not plan.gpu:
             table.add_row("prefill", _expected(plan.prefill(speeds)), style="bold")
     return table
+
+
+def _moves(plan: Plan, speeds: Speeds | None) -> Iterator[tuple[str, str]]:
+    """What a token moves, and how long that takes."""
+    brought, read = ("over the link", "read from its memory") if plan.gpu else ("read from disk", "read from memory")
+    rows = [(brought, plan.disk_bytes, speeds and speeds.disk)] if plan.streams else []
+    rows.append((read, plan.memory_bytes, speeds and speeds.memory))
+    if plan.host_blocks:
+        rows.append(("read from RAM", plan.host_bytes, speeds and speeds.host and speeds.host.memory))
+    for name, moved, speed in rows:
+        at = f", at {speed / 1e9:.1f} GB/s {moved / speed:.2f} s" if speed and isfinite(speed) else ""
+        yield name, f"{moved / 1e9:.2f} GB a token{at}"
 
 
 def _expected(expected: Expected) -> str:

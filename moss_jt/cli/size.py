@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..config import KV_CACHES
+from ..config import KV_CACHES, SWAPS
 from ..errors import MossError
 from ..sizes import parse_size
 
@@ -25,6 +25,9 @@ SIZE = _Size()
 CONTEXT = click.option("--context", type=click.IntRange(2), default=2048, show_default=True, help="Tokens to keep room for.")
 RAM = click.option("--ram", type=SIZE, metavar="SIZE", help="Most memory to use, like 6GiB.  [default: what can be spared]")
 VRAM = click.option("--vram", type=SIZE, metavar="SIZE", help="Most of a GPU's memory to use.  [default: what can be spared]")
+SWAP = click.option(
+    "--swap", type=click.Choice(SWAPS), default="auto", show_default=True, help="What becomes of blocks that do not fit a GPU."
+)
 KV_CACHE = click.option(
     "--kv-cache", type=click.Choice(KV_CACHES), default="fp16", show_default=True, help="In what keys and values are kept."
 )

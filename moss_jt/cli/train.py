@@ -5,21 +5,19 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
 import click
 
 from ..errors import MossError
-from . import ui
-from .device import DEVICE
-from .size import RAM, VRAM
+from . import progress, ui
+from .size import SIZE, gigabytes
 
 if TYPE_CHECKING:
     from ..train.data import Conversations
     from ..train.settings import Settings
-    from ..train.sft import Prepared
+    from ..train.sft import Begun, Prepared
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -111,9 +109,7 @@ def _number(name: str, default: float, least: float, help: str, above: bool = Fa
 @click.option(
     "--dtype", type=click.Choice(["fp16", "int8", "int4"]), default="fp16", show_default=True, help="Of the resulting model."
 )
-@DEVICE
-@RAM
-@VRAM
+@click.option("--ram", type=SIZE, metavar="SIZE", help="Most memory for training an adapter.  [default: what can be spared]")
 def _sft(**options: Any) -> None:
     """Fine-tune a model on dialogues in the official format.
 
@@ -127,9 +123,18 @@ def _sft(**options: Any) -> None:
     settings = _settings(options)
     prepared = prepare(settings)
     _say_data(prepared)
-    with _stop_asked() as stop, Screen() as screen:
+    with _Stop() as stop, Screen() as screen:
+
+        def began(begun: Begun) -> None:
+            screen.began(begun)
+            stop.arm()
+
+        def publishing(done: int, total: int) -> None:
+            stop.disarm()
+            screen.publishing(done, total)
+
         try:
-            done = run(prepared, [screen], screen.saved, lambda: stop.asked, screen.publishing, screen.began)
+            done = run(prepared, [screen], screen.saved, lambda: stop.asked, publishing, began)
         except Stopped:
             screen.close()
             ui.note("Stopped. The same command goes on from here.")
@@ -170,25 +175,47 @@ def _left_out(data: Conversations) -> Iterator[str]:
 
 
 class _Stop:
-    """Whether a signal asked to stop, and which."""
+    """While it is armed, the first Ctrl-C, or SIGTERM, asks to stop where nothing is lost. A second one stops at once."""
 
-    asked, signal = False, 0
+    def __init__(self) -> None:
+        self.asked, self.signal = False, 0
+        self._before: dict[int, Any] = {}
 
+    def __enter__(self) -> _Stop:
+        return self
 
-@contextmanager
-def _stop_asked() -> Iterator[_Stop]:
-    """The first Ctrl-C, or SIGTERM, asks to stop where nothing is lost. A second one stops at once."""
-    stop = _Stop()
+    def __exit__(self, *_: Any) -> None:
+        self.disarm()
 
-    def handle(number: int, frame: Any) -> None:
-        if stop.asked:
+    def arm(self) -> None:
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def disarm(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.asked:
             raise KeyboardInterrupt
-        stop.asked, stop.signal = True, number
+        self.asked, self.signal = True, number
         ui.note("Stopping after this batch, and saving a checkpoint. Once more stops at once, without.")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+@command.command("merge")
+@click.option("-m", "--model", type=_FOLDER, required=True, metavar="DIR", help="Folder of the converted checkpoint.")
+@click.option("--adapter", type=_FOLDER, required=True, metavar="DIR", help="Folder of an adapter that was trained for it.")
+@click.argument("dst", type=_FOLDER)
+@click.option(
+    "--dtype", type=click.Choice(["fp16", "int8", "int4"]), default="fp16", show_default=True, help="Of the new model."
+)
+def _merge(model: Path, adapter: Path, dst: Path, dtype: str) -> None:
+    """Put an adapter into the weights of its model, and write that to DST, a converted checkpoint."""
+    from ..train.merge import plan_merge
+
+    job = plan_merge(model, adapter, dst, dtype)
+    if not job.finished:
+        with progress.of_bytes("written") as advance:
+            job.run(advance)
+    total = gigabytes(sum(job.files.values()))
+    click.echo(f"{dst}: {total} in {len(job.files)} files. Chat with it: moss-jt chat -m {dst}")

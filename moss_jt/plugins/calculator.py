@@ -47,7 +47,7 @@ def calculate(text: str) -> int | float:
     if not isinstance(last, ast.Expr):
         raise NoResult
     value = evaluator.value(last.value)
-    if math.isinf(value) if isinstance(value, float) else False:
+    if value in (math.inf, -math.inf):
         raise NoResult("the number is too large")
     return value
 

@@ -15,6 +15,8 @@ import sys
 from typing import Any
 
 import sympy
+from sympy.polys.polyerrors import UnsolvableFactorError
+from sympy.solvers.polysys import solve_poly_system
 
 from .arithmetic import Evaluator, NoResult, is_number, parse, plain, power
 from .base import NO_RESULT
@@ -64,7 +66,7 @@ def _system(text: str) -> tuple[list[sympy.Expr], list[sympy.Symbol]]:
         if len(sides) == 2:
             left, right = map(_expression, sides)
             equations.append(left - right)
-        elif len(sides) > 2:
+        elif len(sides) > 2 or set(part) & set("<>"):
             raise NoResult
         elif re.fullmatch(r"[^\W\d]\w*", part):
             wanted.append(sympy.Symbol(part))
@@ -126,8 +128,29 @@ def _is_solution(found: dict, unknowns: list[sympy.Symbol], parameters: set[symp
 def _solutions(equations: list[sympy.Expr], unknowns: list[sympy.Symbol]) -> list[dict]:
     if any(equation.has(sympy.zoo, sympy.nan, sympy.oo) for equation in equations):
         raise NoResult
-    # As a system, a single equation would silently lose the roots that have no radicals.
-    return sympy.solve(equations if len(equations) > 1 else equations[0], unknowns, dict=True)
+    if len(equations) > 1:
+        _refuse_without_formula(equations, unknowns)
+        return sympy.solve(equations, unknowns, dict=True)
+    found = sympy.solve(equations[0], unknowns, dict=True)
+    rootless = {value.poly for s in found for value in s.values() if isinstance(value, sympy.CRootOf)}
+    exact = [s for s in found if not any(isinstance(value, sympy.CRootOf) for value in s.values())]
+    # Their decimals are found faster all together.
+    return exact + [{unknowns[0]: root} for poly in sorted(rootless, key=str) for root in poly.nroots()]
+
+
+def _refuse_without_formula(equations: list[sympy.Expr], unknowns: list[sympy.Symbol]) -> None:
+    """Raises NoResult for a system of polynomials some of whose solutions have no formula: ``sympy.solve`` leaves those out."""
+    if not all(equation.is_polynomial(*unknowns) for equation in equations):
+        return
+    exact = [sympy.nsimplify(equation, rational=True) for equation in equations]
+    if math.prod(sympy.total_degree(equation, *unknowns) for equation in exact) < 5:  # there are no more solutions than that
+        return
+    try:
+        solve_poly_system(exact, *unknowns, strict=True)
+    except UnsolvableFactorError:
+        raise NoResult("not all solutions have a formula") from None
+    except NotImplementedError:  # solve knows other ways
+        return
 
 
 def _shown(value: sympy.Expr) -> str:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from .. import machine
 from ..errors import MossError
 from ..sizes import parse_size
 from ..weights import Weights
-from .plan import CHUNK, Plan, in_mib, make_plan, smallest, too_small
+from .plan import CHUNK, Plan, Speeds, in_mib, make_plan, smallest, too_small
 from .resident import Resident
 from .streamed import Streamed
 
-__all__ = ["CHUNK", "Plan", "Resident", "Streamed", "lender", "make_plan", "plan_for", "smallest", "spare_memory"]
+__all__ = [
+    "CHUNK",
+    "Plan",
+    "Resident",
+    "Streamed",
+    "lender",
+    "make_plan",
+    "plan_for",
+    "plan_for_gpu",
+    "smallest",
+    "spare_memory",
+]
 
 # Left to the rest of the machine where no budget is given.
 _MARGIN, _LEAST_MARGIN = 0.1, 512 << 20
@@ -29,6 +42,21 @@ def plan_for(weights: Weights, context: int, ram: str | int | None = None, kv_ca
     if available < least:
         raise MossError(too_small(*model, f"the {in_mib(available)} of memory that is available", kv_cache))
     return make_plan(*model, max(least, spare_memory()), kv_cache)
+
+
+def plan_for_gpu(
+    weights: Weights, context: int, vram: int, kv_cache: str, swap: str, ram: int, speeds: Callable[[], Speeds | None]
+) -> Plan:
+    """The plan under budgets of a GPU's memory, and of RAM for what does not fit there, in bytes. swap: as make_plan takes it.
+
+    speeds: called where they decide. What the CPU would always be slower with is streamed. Raises MossError as make_plan does.
+    """
+    model = (weights.config, weights.coding, context, vram, kv_cache, True)
+    plan = make_plan(*model, swap, ram)
+    if swap != "auto" or not plan.host_blocks or not (known := speeds()):
+        return plan
+    plan = plan.settled(known)
+    return plan if plan.computes_on_host(1) else make_plan(*model, "stream")
 
 
 def spare_memory() -> int:

@@ -17,8 +17,10 @@ import numpy as np
 
 from .. import cudart
 from ..weights import Weights
+from ..weights.store import arrays
+from .host import as_vars
 from .parts import Part
-from .plan import Plan
+from .plan import Plan, in_mib
 from .reader import Worker
 from .ring import Ring
 from .sources import Source, sources
@@ -33,40 +35,52 @@ class OnDevice:
     """
 
     def __init__(self, weights: Weights, plan: Plan, pinned: int):
-        """``pinned``: the most host memory for streamed weights. Raises MossError where a file cannot be read,
+        """``pinned``: the most host memory for what is not on the device. Raises MossError where a file cannot be read,
         OutOfDeviceMemory where a budget is more than there is."""
-        self.resident_blocks = len(plan.blocks) - len(plan.streamed_blocks)
-        self._blocks, self._ranges = plan.streamed_blocks, plan.head_ranges()
+        self._blocks, self._host, self._ranges = plan.streamed_blocks, plan.host_blocks, plan.head_ranges()
         self._head = [(0, plan.head_rows), *self._ranges] if plan.head_rows else self._ranges
         self._norm, self._bias, self._memory = _small(weights)
         found = sources(weights, self._head)
-        streamed = {item: found.pop(item) for item in (*self._blocks, *self._ranges)}
-        self.from_disk = _beyond(streamed, pinned)
+        streamed = {item: found.pop(item) for item in dict.fromkeys((*self._host, *self._blocks, *self._ranges))}
+        others = {item: source for item, source in streamed.items() if item not in self._host}
+        self.from_disk = _beyond(others, pinned - plan.host_memory)
         loader = _Loader(max(s.part.room for s in (*found.values(), *streamed.values())))
         self._resident = {item: loader.to_device(source) for item, source in found.items()}
-        waiting = {item: loader.to_pinned(s) for item, s in streamed.items() if item not in self.from_disk}
+        unified = plan.swap == "unified"
+        if unified:
+            _check_unified(sum(s.part.room for s in streamed.values()), len(self.from_disk))
+        load = loader.to_managed if unified else loader.to_pinned
+        waiting = {item: load(s) for item, s in streamed.items() if item not in self.from_disk}
         loader.finish()
         self._sources = {**found, **streamed}
+        self._on_host = {i: as_vars(arrays(waiting[i], streamed[i].part.spans[0].tensors)) for i in self._host}
+        self._waiting = waiting  # Vars do not keep their memory
         self._ring = None
         if plan.streams:
-            disk = {item: streamed[item] for item in self.from_disk}
-            link = _Link(waiting, disk)
-            self.close = weakref.finalize(self, link.close)
-            self._ring = Ring([_Slot(plan.slot) for _ in range(plan.slots)], link)
+            carrier = _Pages(waiting) if unified else _Link(waiting, {item: streamed[item] for item in self.from_disk})
+            slots = [_Turn() if unified else _Slot(plan.slot) for _ in range(plan.slots)]
+            self.close = weakref.finalize(self, carrier.close)
+            self._ring = Ring(slots, carrier)
             self.expect(head=True)
 
     @property
     def streams(self) -> bool:
         return self._ring is not None
 
-    def expect(self, head: bool) -> None:
-        """A sweep begins: all blocks are lent next, each once and in order, and then, if ``head``, lm_head. What comes at the
-        beginning of the next sweep is brought during the end of this one."""
-        if items := [*self._blocks, *(self._ranges if head else ())]:
+    def expect(self, head: bool, on_host: bool = False) -> None:
+        """A sweep begins: all blocks, without those for the host if they are computed there, are lent next, each once and in
+        order, and then, if ``head``, lm_head. What comes at the beginning of the next sweep is brought during the end of this
+        one."""
+        blocks = [i for i in self._blocks if i not in self._host] if on_host else self._blocks
+        if items := [*blocks, *(self._ranges if head else ())]:
             self._ring.follow(items)
 
     def is_resident(self, i: int) -> bool:
         return i in self._resident
+
+    def on_host(self, i: int) -> dict:
+        """The weights of a block that the CPU may compute, name -> Var, where they wait in host memory."""
+        return self._on_host[i]
 
     @contextmanager
     def block(self, i: int) -> Iterator[dict[str, int]]:
@@ -87,7 +101,7 @@ class OnDevice:
             yield self._resident[item].pointer
         else:
             with self._ring.lend(item) as slot:
-                yield slot.memory.pointer
+                yield slot.pointer
 
 
 def addresses(part: Part, base: int) -> dict[str, int]:
@@ -128,12 +142,32 @@ def _beyond(streamed: dict[Hashable, Source], pinned: int) -> set[Hashable]:
     return {item for k, item in enumerate(items) if k not in kept}
 
 
-class _Slot:
-    """Memory that streamed parts take turns in. ``free``: when every use before is over; ``filled``: when the copy is there."""
+def _check_unified(nbytes: int, beyond: int) -> None:
+    """Raises OutOfDeviceMemory where the device cannot hold all at once: asked for more than there is, a driver may hang. And
+    where the RAM cannot: ``beyond`` parts."""
+    free = cudart.memory_info()[0]
+    if beyond or nbytes > free:
+        raise cudart.OutOfDeviceMemory(
+            f"unified memory of {in_mib(nbytes)}, for what does not fit the budget, is more than the "
+            f"{'RAM that can be used' if beyond else in_mib(free) + ' that are free on the device'}: take swap auto or stream"
+        )
+
+
+class _Turn:
+    """What streamed parts take turns in. ``pointer``: where the part is. ``free``: when every use before is over; ``filled``:
+    when it is there."""
+
+    def __init__(self):
+        self.free, self.filled = cudart.Event(), cudart.Event()
+
+
+class _Slot(_Turn):
+    """Memory that they are copied into."""
 
     def __init__(self, nbytes: int):
+        super().__init__()
         self.memory = cudart.Memory(nbytes)
-        self.free, self.filled = cudart.Event(), cudart.Event()
+        self.pointer = self.memory.pointer
 
 
 class _Link:
@@ -179,6 +213,31 @@ class _Link:
         slot.filled.record(self._stream)
 
 
+class _Pages:
+    """The carrier where parts are in memory that is the host's and the device's at once: their pages are moved there ahead of
+    their use, and back after it, so that no more than the turns hold is on the device."""
+
+    def __init__(self, waiting: dict[Hashable, cudart.Managed]):
+        self._waiting, self._stream = waiting, cudart.Stream()
+        self._in_turn: dict[int, Hashable] = {}
+
+    def start(self, turn: _Turn, item: Hashable) -> _Arrival:
+        self._stream.wait(turn.free)
+        before, self._in_turn[id(turn)] = self._in_turn.get(id(turn)), item
+        if before not in (None, item):
+            self._waiting[before].move(False, self._stream)
+        self._waiting[item].move(True, self._stream)
+        turn.pointer = self._waiting[item].pointer
+        turn.filled.record(self._stream)
+        return _Arrival(turn, None)
+
+    def release(self, turn: _Turn) -> None:
+        turn.free.record()
+
+    def close(self) -> None:
+        self._stream.synchronize()
+
+
 class _Arrival:
     """A copy into a slot that is on its way, or waits for the disk."""
 
@@ -215,6 +274,15 @@ class _Loader:
     def to_pinned(self, source: Source) -> np.ndarray:
         memory = cudart.pinned(source.part.room)
         source.fetch(memory)
+        return memory
+
+    def to_managed(self, source: Source) -> cudart.Managed:
+        """Read elsewhere first: direct I/O may refuse such pages."""
+        memory = cudart.Managed(source.part.room)
+        staged, _ = self._halves[0]
+        cudart.synchronize()
+        source.fetch(staged)
+        memory.bytes[:] = staged[: source.part.room]
         return memory
 
     def finish(self) -> None:

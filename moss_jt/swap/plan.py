@@ -8,54 +8,45 @@ budget of VRAM bounds the same on a GPU, but for what CUDA itself takes there; w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..config import Config
 from ..errors import MossError
 from ..weights.layout import BITS, Coding, block_tensors, head_tensors
 from . import parts
+from .room import CHUNK, MIB, ROWS, SLOTS, Sizes
 
-MIB = 1 << 20
-RESIDENT, STREAMED = "resident", "streamed"
-# Tokens of a prompt that pass through all blocks together. More would read the weights less often, but the products of
-# this many are already bound by arithmetic, and work space grows with it.
-CHUNK = 512
-SLOTS = 2  # one is computed with while the other is filled; a disk that is never idle gains nothing from more
-# Rows of lm_head that stay together: a whole number of the kernels' tiles, so that parts give the same bits as the whole.
-ROWS = 256
+RESIDENT, STREAMED, HOST, EITHER = "resident", "streamed", "host", "host or streamed"
 _HEAD_PART = 64 * MIB  # of lm_head, where it alone is streamed: large enough for a disk's full speed
-
-# Python, numpy, Jittor and its compiled ops were measured to take 75 MiB before the first token; more on other systems.
-_PROGRAM = 128 * MIB
-_LOGITS = 8  # positions whose logits are wanted together, as for drafts; more are the caller's memory
-# On a GPU: what Jittor's pools hold of ops' small results, and the sums of products that are divided among its processors.
-_POOLS, _SUMS = 48 * MIB, 96 * MIB
-_GPU_ROWS = 16  # positions whose logits are computed together
 
 
 @dataclass(frozen=True)
 class Speeds:
     """What this machine was measured to do: bytes a second read from memory and from disk, fp32 operations a second. Of a
-    GPU: its own memory, the link to it in place of the disk, and fp16 operations."""
+    GPU: its own memory, the link to it in place of the disk, and fp16 operations; ``host``: of the machine around it."""
 
     memory: float
     disk: float
     arithmetic: float
+    host: Speeds | None = None
 
 
 @dataclass(frozen=True)
 class Step:
-    """A block, or some rows of lm_head: bytes read from memory and from disk, and numbers multiplied for each token."""
+    """A block, or some rows of lm_head: bytes read from memory and from disk, and numbers multiplied for each token. ``host``:
+    whether the CPU does it, beside a GPU."""
 
     memory: int
     disk: int
     numbers: int
+    host: bool = False
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the plan can give at these speeds, and which of them is the limit: ``disk``, ``memory`` or ``arithmetic``."""
+    """What the plan can give at these speeds, and which of them is the limit: ``disk`` or ``link``, ``memory`` or
+    ``arithmetic``; ``host memory`` or ``host arithmetic``, where a GPU waits for the CPU."""
 
     tokens_s: float
     limit: str
@@ -69,12 +60,14 @@ class Plan:
     coding: Coding
     context: int
     budget: int
-    blocks: tuple[str, ...]  # where each one is: RESIDENT or STREAMED
+    blocks: tuple[str, ...]  # where each one is: RESIDENT, STREAMED, HOST, or EITHER of the last two, sweep by sweep
     head_rows: int  # of lm_head's, from the first on, that are resident
     part_rows: int  # of the others, how many are read together
     slot: int  # the size of each slot; 0 where nothing is streamed
     kv_cache: str = "fp16"  # in what keys and values are kept
     gpu: bool = False  # whether the budget is of VRAM, and what is streamed comes over the link
+    swap: str = "stream"  # how a GPU gets what does not fit there
+    streams_from: int = 2  # tokens in a sweep, from which on blocks that may be EITHER are streamed
 
     @property
     def slots(self) -> int:
@@ -86,7 +79,17 @@ class Plan:
 
     @property
     def streamed_blocks(self) -> list[int]:
-        return [i for i, where in enumerate(self.blocks) if where == STREAMED]
+        """Those that are ever streamed."""
+        return [i for i, where in enumerate(self.blocks) if where in (STREAMED, EITHER)]
+
+    @property
+    def host_blocks(self) -> list[int]:
+        """Those that the CPU ever computes: the first ones, since what goes into them is on the host already."""
+        return [i for i, where in enumerate(self.blocks) if where in (HOST, EITHER)]
+
+    def computes_on_host(self, tokens: int) -> bool:
+        """Whether a sweep of so many tokens has the CPU compute ``host_blocks``."""
+        return HOST in self.blocks or (EITHER in self.blocks and tokens < self.streams_from)
 
     def head_ranges(self) -> list[tuple[int, int]]:
         """Rows (first, end) of lm_head in each streamed part."""
@@ -96,15 +99,33 @@ class Plan:
     @cached_property
     def memory(self) -> dict[str, int]:
         """What takes how much of the budget, at most."""
-        s = _Sizes(self.config, self.coding, self.context, self.kv_cache, self.gpu)
+        s, host = Sizes(self.config, self.coding, self.context, self.kv_cache, self.gpu), len(self.host_blocks)
         return {
             "Jittor" if self.gpu else "program": s.program,
             "work space": s.work,
-            "KV cache": s.cache,
+            "KV cache": (len(self.blocks) - host) * s.block_cache,
             "blocks": self.blocks.count(RESIDENT) * s.block,
             "lm_head": s.head_rows(self.head_rows) + s.head_rest,
-            "slots": self.slots * self.slot,
+            "slots": self.slots * (self.slot + (EITHER in self.blocks) * s.block_cache),
         }
+
+    @property
+    def waiting(self) -> int:
+        """Weights that are not on the GPU, and wait in RAM or on disk."""
+        s = Sizes(self.config, self.coding, self.context, self.kv_cache, self.gpu)
+        return (len(self.blocks) - self.blocks.count(RESIDENT)) * s.block + s.head - s.head_rows(self.head_rows)
+
+    @property
+    def lent_bytes(self) -> int:
+        """What weights take of the GPU's memory, those that are there and slots, so far as a smaller plan may take less."""
+        s = Sizes(self.config, self.coding, self.context, self.kv_cache, self.gpu)
+        return self.blocks.count(RESIDENT) * s.block + s.head_rows(self.head_rows) + self.slots * self.slot
+
+    @property
+    def host_memory(self) -> int:
+        """RAM for blocks that the CPU computes: weights, keys and values, and work space."""
+        s, count = Sizes(self.config, self.coding, self.context, self.kv_cache, self.gpu), len(self.host_blocks)
+        return count * (s.block + s.block_cache) + (s.host_work if count else 0)
 
     @property
     def peak(self) -> int:
@@ -112,30 +133,42 @@ class Plan:
 
     @cached_property
     def steps(self) -> list[Step]:
-        """What a sweep with logits does, in order."""
-        c, matrix = self.config, "lm_head.weight"
+        """What a token's sweep does, with logits, in order."""
+        return self.steps_of(1)
+
+    def steps_of(self, tokens: int) -> list[Step]:
+        """The same of a sweep of so many tokens; a block whose keys and values are in host memory brings them, too."""
+        c, matrix, on_host = self.config, "lm_head.weight", self.computes_on_host(tokens)
         block, head = block_tensors(c, self.coding), head_tensors(c, self.coding)
-        kept = _bytes(t for t in head if not parts.belongs(t, matrix))
+        kept = sum(t.nbytes for t in head if not parts.belongs(t, matrix))
         numbers = (3 * c.n_embd + c.n_inner) * c.n_embd + c.n_embd * (c.n_embd + c.n_inner)
         cache = c.cache_bytes_per_token(self.kv_cache) // c.n_layer * self.context // 2  # half full
-        size = _bytes(block)
-        found = [Step(size + cache, size * (where == STREAMED), numbers) for where in self.blocks]
+        size = sum(t.nbytes for t in block)
+        ways = 2 if self.swap == "unified" else 1  # pages go back, too
+        brought = {RESIDENT: 0, STREAMED: ways * size, HOST: 0, EITHER: 0 if on_host else size + cache}
+        found = [Step(size + cache, brought[where], numbers, on_host and where in (HOST, EITHER)) for where in self.blocks]
         for first, end in [(0, self.head_rows), *self.head_ranges()]:
             part = parts.rows(head, matrix, first, end)
-            read = sum(span.nbytes for span in part.spans)
-            found.append(Step(read + kept, read * (first >= self.head_rows), 0))
+            read = sum(span.nbytes for span in part.spans) if first < end else 0
+            found.append(Step(read + kept, ways * read * (first >= self.head_rows), 0))
             kept = 0
         return found
 
     @property
     def disk_bytes(self) -> int:
-        """Read from disk for a sweep with logits."""
+        """Read from disk for a token's sweep with logits; on a GPU, brought over the link."""
         return sum(step.disk for step in self.steps)
 
     @property
     def memory_bytes(self) -> int:
-        """Read from memory for a token's sweep, with a cache that is half full: all weights, wherever they live."""
-        return sum(step.memory for step in self.steps)
+        """Read from memory for a token's sweep, with a cache that is half full: all weights, wherever they live; on a GPU,
+        without those that the CPU reads."""
+        return sum(step.memory for step in self.steps if not step.host)
+
+    @property
+    def host_bytes(self) -> int:
+        """Read from RAM for a token's sweep by a CPU beside the GPU."""
+        return sum(step.memory for step in self.steps if step.host)
 
     def decode(self, speeds: Speeds) -> Expected:
         """One token a sweep."""
@@ -145,14 +178,25 @@ class Plan:
         """A prompt of one chunk."""
         return self._expected(min(CHUNK, self.context), speeds)
 
+    def settled(self, speeds: Speeds) -> Plan:
+        """The same plan for a machine of these speeds: from how many tokens in a sweep on streaming is faster than the CPU."""
+        streaming, host = replace(self, streams_from=1), replace(self, streams_from=CHUNK + 1)
+        tokens = range(1, CHUNK + 1)
+        sooner = (n for n in tokens if streaming._expected(n, speeds).tokens_s >= host._expected(n, speeds).tokens_s)
+        return replace(self, streams_from=next(sooner, CHUNK + 1))
+
     def _expected(self, tokens: int, speeds: Speeds) -> Expected:
         """What comes from disk is written to memory, too, before it is read there."""
-        memory = [(step.memory + step.disk) / speeds.memory for step in self.steps]
-        arithmetic = [2 * step.numbers * tokens / speeds.arithmetic for step in self.steps]
-        disk = [step.disk / speeds.disk for step in self.steps]
-        seconds = sweep_seconds(list(map(max, memory, arithmetic)), disk, self.slots)
-        link = "link" if self.gpu else "disk"
-        return Expected(tokens / seconds, max((sum(disk), link), (sum(memory), "memory"), (sum(arithmetic), "arithmetic"))[1])
+        steps, link = self.steps_of(tokens), "link" if self.gpu else "disk"
+        limits = {link: [step.disk / speeds.disk for step in steps]}
+        for name, of, host in (("", speeds, False), ("host ", speeds.host, True)):
+            those = [step if step.host == host else Step(0, 0, 0) for step in steps]
+            if any(step.host for step in steps) or not host:
+                limits[name + "memory"] = [(step.memory + step.disk) / of.memory for step in those]
+                limits[name + "arithmetic"] = [2 * step.numbers * tokens / of.arithmetic for step in those]
+        computing = [max(those) for those in zip(*(limits[name] for name in limits if name != link))]
+        seconds = sweep_seconds(computing, limits[link], self.slots)
+        return Expected(tokens / seconds, max(limits, key=lambda name: sum(limits[name])))
 
 
 def sweep_seconds(computing: list[float], reading: list[float], slots: int) -> float:
@@ -172,65 +216,71 @@ def sweep_seconds(computing: list[float], reading: list[float], slots: int) -> f
     return now - before
 
 
-def make_plan(config: Config, coding: Coding, context: int, budget: int, kv_cache: str = "fp16", gpu: bool = False) -> Plan:
-    """The plan that streams least with a peak of at most ``budget`` bytes, of RAM or of a GPU's memory.
+def make_plan(
+    config: Config,
+    coding: Coding,
+    context: int,
+    budget: int,
+    kv_cache: str = "fp16",
+    gpu: bool = False,
+    swap: str = "stream",
+    ram: int | None = None,
+) -> Plan:
+    """The plan that brings least with a peak of at most ``budget`` bytes, of RAM or of a GPU's memory.
 
-    coding: how the weights are stored. context: tokens to keep a cache for; kv_cache: in what, fp16 or int8.
-    Raises MossError where the budget is too small, with the smallest that works and what would make that smaller.
+    coding: how the weights are stored. context: tokens to keep a cache for; kv_cache: in what, fp16 or int8. swap: what becomes
+    of blocks that do not fit a GPU: ``stream``; ``unified``: the same, by moving pages; ``host``: the CPU computes them;
+    ``auto``: it does or they are streamed, sweep by sweep, as ``Plan.settled`` says. ram: the most for those that the CPU
+    computes, None: any; with auto, those beyond are streamed.
+    Raises MossError where the budget is too small, with the smallest that works and what would make that smaller, and where
+    ``host`` needs more RAM.
     """
-    sizes = _Sizes(config, coding, context, kv_cache, gpu)
+    sizes = Sizes(config, coding, context, kv_cache, gpu, swap, None if swap == "host" else ram)
     fitting = [placed for placed in _placements(sizes, budget - sizes.fixed) if placed.fits]
     if not fitting:
-        raise MossError(too_small(config, coding, context, f"a budget of {in_mib(budget)}", kv_cache, gpu))
-    best = min(fitting, key=lambda placed: placed.streamed)
-    head = (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block
-    blocks = _spread(config.n_layer - best.blocks, config.n_layer, head)
-    return Plan(config, coding, context, budget, blocks, best.head_rows, best.part_rows, best.slot, kv_cache, gpu)
+        raise MossError(too_small(config, coding, context, f"a budget of {in_mib(budget)}", kv_cache, gpu, swap, ram))
+    best = min(fitting, key=lambda placed: placed.brought)
+    head, host = (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block, sizes.on_host(best.blocks)
+    streamed = _spread(config.n_layer - best.blocks - host, config.n_layer - host, head)
+    blocks = ((HOST if swap == "host" else EITHER,) * host) + streamed
+    plan = Plan(config, coding, context, budget, blocks, best.head_rows, best.part_rows, best.slot, kv_cache, gpu, swap)
+    if ram is not None and swap == "host" and plan.host_memory > ram:
+        raise MossError(
+            f"the {host} blocks that the CPU would compute need {in_mib(plan.host_memory)} of RAM, and {in_mib(ram)} can be "
+            "used: swap auto and stream bring from disk what does not fit there"
+        )
+    return plan
 
 
-def smallest(config: Config, coding: Coding, context: int, kv_cache: str = "fp16", gpu: bool = False) -> int:
+def less(plan: Plan, room: int) -> Plan | None:
+    """The plan with weights and slots in at most ``room`` bytes of a GPU's memory, and more of them streamed. Keys and values
+    stay where they are: what the CPU computes, it goes on to. None where so little does not do."""
+    host = plan.blocks[: len(plan.host_blocks)]
+    n = len(plan.blocks) - len(host)
+    if not n:
+        return None
+    sizes = Sizes(replace(plan.config, n_layer=n), plan.coding, plan.context, plan.kv_cache, plan.gpu)
+    placements = _placements(sizes, room + n * sizes.block_cache)
+    fitting = [placed for placed in placements if placed.fits and (EITHER not in host or placed.slot >= sizes.block)]
+    if not fitting:
+        return None
+    best = min(fitting, key=lambda placed: placed.brought)
+    blocks = host + _spread(n - best.blocks, n, (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block)
+    return replace(plan, blocks=blocks, head_rows=best.head_rows, part_rows=best.part_rows, slot=best.slot)
+
+
+def smallest(
+    config: Config,
+    coding: Coding,
+    context: int,
+    kv_cache: str = "fp16",
+    gpu: bool = False,
+    swap: str = "stream",
+    ram: int | None = None,
+) -> int:
     """The smallest budget that works."""
-    sizes = _Sizes(config, coding, context, kv_cache, gpu)
+    sizes = Sizes(config, coding, context, kv_cache, gpu, swap, None if swap == "host" else ram)
     return sizes.fixed + min(-placed.left for placed in _placements(sizes, 0))
-
-
-class _Sizes:
-    """What things take in memory."""
-
-    def __init__(self, config: Config, coding: Coding, context: int, kv_cache: str, gpu: bool):
-        self.n_layer, self.vocab = config.n_layer, config.vocab_size
-        self.block = parts.whole(block_tensors(config, coding)).room
-        self._head = head_tensors(config, coding)
-        self.head = self.head_rows(self.vocab)
-        self.head_rest = _bytes(t for t in self._head if not parts.belongs(t, "lm_head.weight"))
-        self.cache = config.cache_bytes_per_token(kv_cache) * context
-        self.program = _POOLS if gpu else _PROGRAM
-        self.work = _gpu_work(config, context) if gpu else _cpu_work(config, context)
-        self.fixed = self.program + self.work + self.cache + self.head_rest
-
-    def head_rows(self, count: int) -> int:
-        """Memory for this many rows of lm_head."""
-        return parts.room_for_rows(self._head, "lm_head.weight", count) if count else 0
-
-    def rows_in(self, room: int) -> int:
-        """Rows of lm_head that fit, all or a multiple of ROWS."""
-        return self.vocab if self.head <= room else parts.rows_that_fit(self._head, "lm_head.weight", room) // ROWS * ROWS
-
-
-def _cpu_work(c: Config, context: int) -> int:
-    """Work space: the first product's result, the second's inputs, and some states, in fp32, for every token of a chunk; twice,
-    because Jittor keeps what chunks of other lengths had. Measured: 20 to 29 states' worth; this is 32 where the MLP is 4 wide.
-    """
-    activations = min(CHUNK, context) * 4 * (2 * (3 * c.n_embd + c.n_inner) + 2 * (c.n_embd + c.n_inner) + 8 * c.n_embd)
-    return activations + 2 * _LOGITS * c.vocab_size * 4 + context * c.rotary_dim * 4 + 16 * MIB
-
-
-def _gpu_work(c: Config, context: int) -> int:
-    """Work space as sweep.cuh divides it, for one sequence: the state, q k v, attention and MLP, logits, and the inputs of a
-    product in the order of its weights; twice the logits, because an op gives them to Jittor."""
-    activations = min(CHUNK, context) * (10 * c.n_embd + 2 * (c.n_embd + c.n_inner) + 4 * (c.n_embd + c.n_inner))
-    logits = 4 * _GPU_ROWS * (2 * c.vocab_size + c.n_embd + context)
-    return activations + logits + _SUMS + context * c.rotary_dim * 4
 
 
 @dataclass(frozen=True)
@@ -240,29 +290,37 @@ class _Placement:
     part_rows: int
     slot: int
     left: int  # bytes of the room that are not used; below zero: so many are wanting
-    streamed: int  # bytes from disk, about
+    brought: int  # bytes that come from elsewhere, about
 
     @property
     def fits(self) -> bool:
         return self.left >= 0
 
 
-def _placements(s: _Sizes, room: int) -> Iterator[_Placement]:
+def _placements(s: Sizes, room: int) -> Iterator[_Placement]:
     """The kinds of placement there are, each with as much resident as fits."""
-    yield _Placement(s.n_layer, s.vocab, 0, 0, room - s.n_layer * s.block - s.head, 0)
+    yield _placement(s, room, s.n_layer, 0, 0)
     few = max(ROWS, min(s.rows_in(_HEAD_PART), s.vocab // 8 // ROWS * ROWS))
     yield _placement(s, room, s.n_layer, few, s.head_rows(few))
+    if s.swap == "host":
+        yield _placement(s, room, s.blocks_in(room - s.head), 0, 0)
+        yield _placement(s, room, s.blocks_in(room - SLOTS * s.head_rows(few)), few, s.head_rows(few))
+        return
     slot = max(s.block, s.head_rows(ROWS))
-    blocks = max(0, min(s.n_layer - 1, (room - SLOTS * slot) // s.block))
-    yield _placement(s, room, blocks, max(ROWS, s.rows_in(slot)), slot)
+    part = max(ROWS, s.rows_in(slot))
+    yield _placement(s, room, s.blocks_in(room - SLOTS * slot), part, slot)
+    if s.swap == "auto":
+        yield _placement(s, room, s.blocks_in(room - SLOTS * slot - s.head), part, slot)
 
 
-def _placement(s: _Sizes, room: int, blocks: int, part_rows: int, slot: int) -> _Placement:
-    """With this many blocks resident, and as many rows of lm_head as still fit."""
-    left = room - SLOTS * slot - blocks * s.block
-    rows = s.rows_in(max(0, left))
-    streamed = (s.n_layer - blocks) * s.block + s.head - s.head_rows(rows)
-    return _Placement(blocks, rows, part_rows, slot, left - s.head_rows(rows), streamed)
+def _placement(s: Sizes, room: int, blocks: int, part_rows: int, slot: int) -> _Placement:
+    """With this many blocks resident, and as many rows of lm_head as still fit; all of them where there are no slots. What the
+    CPU computes counts half: it is read at twice the speed of a link, or more."""
+    left = room - SLOTS * slot - s.blocks(blocks)
+    rows = s.rows_in(max(0, left)) if slot else s.vocab
+    elsewhere, head = s.n_layer - blocks, s.head - s.head_rows(rows)
+    brought = 2 * (elsewhere * s.block + head) - s.on_host(blocks) * s.block
+    return _Placement(blocks, rows, part_rows, slot, left - s.head_rows(rows), brought)
 
 
 def _spread(streamed: int, blocks: int, head: float) -> tuple[str, ...]:
@@ -273,11 +331,20 @@ def _spread(streamed: int, blocks: int, head: float) -> tuple[str, ...]:
     return tuple(STREAMED if i in chosen else RESIDENT for i in range(blocks))
 
 
-def too_small(config: Config, coding: Coding, context: int, what: str, kv_cache: str, gpu: bool = False) -> str:
+def too_small(
+    config: Config,
+    coding: Coding,
+    context: int,
+    what: str,
+    kv_cache: str,
+    gpu: bool = False,
+    swap: str = "stream",
+    ram: int | None = None,
+) -> str:
     """Says that ``what`` is too small, what would do, and what would need less."""
 
     def needs(coding: Coding, context: int, kv_cache: str = kv_cache) -> str:
-        return in_mib(smallest(config, coding, context, kv_cache, gpu))
+        return in_mib(smallest(config, coding, context, kv_cache, gpu, swap, ram))
 
     ways = [f"{needs(coding, context // 4)} with a context of {context // 4}"] if context >= 256 else []
     if kv_cache == "fp16":
@@ -294,7 +361,3 @@ def too_small(config: Config, coding: Coding, context: int, what: str, kv_cache:
 def in_mib(count: int) -> str:
     """Rounded up, as it can be given for a budget."""
     return f"{-(-count // MIB)}MiB"
-
-
-def _bytes(tensors) -> int:
-    return sum(t.nbytes for t in tensors)

@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from .. import cuda, machine
+from .. import cuda, cudart, machine
 from ..errors import MossError
-from .plan import Speeds
+from .plan import Plan, Speeds
 
 _DAY = 24 * 3600
 
@@ -21,22 +21,37 @@ def measured(folder: Path, afresh: bool = False) -> Speeds:
 
     Takes about five seconds then, and numpy. Raises MossError where the disk cannot be measured.
     """
-    file, key = _remembered(), _key(folder)
-    known = _read(file)
-    if not afresh and (found := _recent(known.get(key))):
+    if not afresh and (found := remembered(folder)):
         return found
     now = Speeds(machine.memory_bandwidth(), machine.disk_bandwidth(folder), arithmetic())
-    _write(file, {**known, key: {**asdict(now), "at": time.time()}})
+    _write(_file(), {**_read(_file()), _key(folder): {**asdict(now), "at": time.time()}})
     return now
 
 
-def of_link() -> Speeds | None:
-    """Of a GPU, only its link, measured now; the rest counts as no limit, since what is streamed hides it. None where there is
-    no GPU to measure."""
+def remembered(folder: Path) -> Speeds | None:
+    """Those that ``measured`` would give without measuring; None where it would have to."""
+    return _recent(_read(_file()).get(_key(folder)))
+
+
+def at_hand(plan: Plan, folder: Path) -> Speeds | None:
+    """Those that the plan's speed depends on, where they are remembered; of a GPU in use, the link's is measured, in
+    milliseconds. None where something is missing, or nothing is brought to a GPU, whose own speed is not known."""
+    known = remembered(folder)
+    if not plan.gpu:
+        return known
+    if (plan.host_blocks and not known) or not (plan.streams or plan.host_blocks):
+        return None
+    return Speeds(float("inf"), cudart.link_bandwidth(), float("inf"), known)
+
+
+def of_gpu(folder: Path, link: float | None = None, afresh: bool = False) -> Speeds | None:
+    """Of a GPU, only its link, bytes a second, measured now unless given: the rest of it counts as no limit, since what is
+    streamed hides it. And those of the machine around it, as ``measured``. None where there is no GPU to measure."""
     try:
-        return Speeds(float("inf"), cuda.link_bandwidth()[0], float("inf"))
+        link = link or cuda.link_bandwidth()[0]
     except MossError:
         return None
+    return Speeds(float("inf"), link, float("inf"), measured(folder, afresh))
 
 
 def arithmetic() -> float:
@@ -57,7 +72,7 @@ def _key(folder: Path) -> str:
     return f"{machine.cpu().model}, {machine.cores().usable} threads, device {os.stat(folder).st_dev}"
 
 
-def _remembered() -> Path:
+def _file() -> Path:
     """Where speeds are kept, by the XDG base directory specification."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moss-jt" / "speeds.json"
 

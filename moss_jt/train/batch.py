@@ -38,10 +38,7 @@ def check(batch: Batch, config: Config) -> None:
         raise MossError(f"a batch has ids {list(ids.shape)} and labels {list(labels.shape)}, expected two of (B, T)")
     if ids.shape[1] > config.n_ctx:
         raise MossError(f"{ids.shape[1]} tokens do not fit the model's context of {config.n_ctx}")
-    for what, bad in ("token id", ids[_outside(ids, config)]), ("label", labels[_outside(labels, config) & (labels != NO_LOSS)]):
+    for what, some in (("token id", ids), ("label", labels[labels != NO_LOSS])):
+        bad = some[(some < 0) | (some >= config.vocab_size)]
         if len(bad):
             raise MossError(f"{what} {bad[0]} is not in the model's vocabulary of {config.vocab_size}")
-
-
-def _outside(ids: np.ndarray, config: Config) -> np.ndarray:
-    return (ids < 0) | (ids >= config.vocab_size)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 import numpy as np
 
 from ..convert.mapping import official_bands, official_shapes, pieces
 from ..convert.view import of_region
+from ..errors import MossError
+from ..machine import memory
+from ..sizes import gib
 from ..weights import Weights
 from . import ops
 from .parameter import Parameter
@@ -33,8 +39,16 @@ class Full:
     def embed_backward(self, ids: np.ndarray, dx) -> None:
         ops.embed_backward(ids, dx, self.wte.gradient)
 
+    def begin(self, backward: bool, dropout: int | None) -> None:
+        """All is in memory."""
+
+    @contextmanager
+    def block(self, i: int, backward: bool) -> Iterator[np.ndarray]:
+        """The table of block i."""
+        yield self._blocks[i]
+
     @cached_property
-    def blocks(self) -> list[np.ndarray]:
+    def _blocks(self) -> list[np.ndarray]:
         return [self._block(f"transformer.h.{i}.") for i in range(self.config.n_layer)]
 
     def _block(self, name: str) -> np.ndarray:
@@ -62,11 +76,19 @@ class Full:
 
 
 def _read(weights: Weights) -> dict[str, Parameter]:
+    needed = 16 * sum(math.prod(shape) for shape in official_shapes(weights.config).values())
+    if needed > (available := memory().available):
+        raise MossError(
+            f"{weights.folder}: to train all its weights takes {gib(needed)}, for them, their gradients and two moments each, "
+            f"and {gib(available)} are available: train an adapter (LoRA)"
+        )
     found = {}
     for file, those in pieces(weights.config).items():
         ours = of_region(weights.regions[file])
         for name in dict.fromkeys(piece.official for piece in those):
-            found[name] = np.concatenate([v.read().astype(np.float32) for b in official_bands(those, name, ours) for v in b.views])
+            found[name] = np.concatenate(
+                [v.read().astype(np.float32) for b in official_bands(those, name, ours) for v in b.views]
+            )
     return {name: Parameter(name, found[name], np.zeros_like(found[name])) for name in official_shapes(weights.config)}
 
 

@@ -7,8 +7,10 @@ anywhere, and an op adds to the gradients in place. States are Vars, float32 (M,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,7 +65,7 @@ if (what == 5) *(double*)at("sums") = sum_of_squares(at("value"), n);
 
 
 def prepare() -> None:
-    """Compile the op, which takes half a minute the first time on a machine, and says so. Raises MossError where it cannot be."""
+    """Compile the op, which takes a minute the first time on a machine, and says so. Raises MossError where it fails."""
     with float_environment_kept(), compiling(header("train_block.h"), _SOURCE):
         sum_of_squares(np.zeros(1, np.float32))
 
@@ -87,22 +89,28 @@ class Sizes:
 
 
 class Block:
-    """``block(x)``: what its table (BLOCK, one entry) describes, of a state of B sequences.
+    """``block(x)``: what a table (BLOCK, one entry) describes, of a state of B sequences.
 
-    ``forward`` keeps x alone; ``backward`` computes all else again, adds to the table's gradients, and gives dx. ``keep``: what
-    the table points to.
+    ``lend(backward)`` is a context that gives the table, for as long as what it points to may be used. It is asked once
+    forwards, and once backwards, where what ``forward`` did is computed again, for of that x alone was kept. Backwards the
+    table's gradients grow.
     """
 
-    def __init__(self, table: np.ndarray, sizes: Sizes, keep: Any = None):
-        self._data = {"table": address(table), "sizes": address(sizes.table)}
-        self._x, self._keep = None, (table, sizes, keep)
+    def __init__(self, lend: Callable[[bool], AbstractContextManager[np.ndarray]], sizes: Sizes):
+        self._lend, self._sizes, self._x = lend, sizes, None
 
     def forward(self, x):
         self._x = x
-        return _run(_FORWARD, x.shape, [x, _nothing()], **self._data)
+        with self._lend(False) as table:
+            return self._run(_FORWARD, table, [x, _nothing()])
 
     def backward(self, dy):
-        return _run(_BACKWARD, dy.shape, [self._x, dy], **self._data)
+        """dx."""
+        with self._lend(True) as table:
+            return self._run(_BACKWARD, table, [self._x, dy])
+
+    def _run(self, what: int, table: np.ndarray, inputs: list):
+        return _run(what, inputs[0].shape, inputs, table=address(table), sizes=address(self._sizes.table))
 
     def __call__(self, x):
         """Differentiable by Jittor."""
@@ -113,16 +121,16 @@ class Head:
     """``head(x)``: the sum of -log p of ``targets`` (n,), where ``rows`` (n,) of the state predict them, float32 (1,); of the
     last norm and lm_head, in a table (HEAD, one entry)."""
 
-    def __init__(self, table: np.ndarray, rows: np.ndarray, targets: np.ndarray, eps: float, keep: Any = None):
+    def __init__(self, table: np.ndarray, rows: np.ndarray, targets: np.ndarray, eps: float):
         rows, targets = (np.ascontiguousarray(a, np.int64) for a in (rows, targets))
         self._sums, self._x = np.zeros(2), None
         self._data = {"table": address(table), "rows": address(rows), "targets": address(targets), "n": len(rows)}
         self._data.update(sums=address(self._sums), eps=eps)
-        self._keep = (table, rows, targets, keep)
+        self._keep = (table, rows, targets)
 
     def measure(self, x) -> tuple[float, int]:
         """The sum of -log p, and how many targets were the likeliest."""
-        _run(_HEAD, (1,), [x, _nothing()], scale=1, derive=0, **self._data)
+        _run(_HEAD, (1, 1), [x, _nothing()], scale=1, derive=0, **self._data)
         return float(self._sums[0]), int(self._sums[1])
 
     def derive(self, x, scale: float) -> tuple[float, int, Any]:
@@ -144,19 +152,19 @@ class Head:
 
 def embed_backward(ids: np.ndarray, dx, gradient: np.ndarray) -> None:
     """Add the rows of dx (M, D) to those of ``gradient`` (V, D) that ``ids``, int32 (M,), say."""
-    _run(_EMBEDDING, (1,), [dx, _nothing()], ids=address(ids), gradient=address(gradient))
+    _run(_EMBEDDING, (1, 1), [dx, _nothing()], ids=address(ids), gradient=address(gradient))
 
 
 def adamw(p: Parameter, m: np.ndarray, v: np.ndarray, **numbers: float) -> None:
     """One step in place; ``numbers`` are those of train_rows.h."""
     addresses = {"value": p.value, "gradient": p.gradient, "m": m, "v": v}
-    _run(_ADAMW, (1,), [_nothing()] * 2, n=p.value.size, **{k: address(a) for k, a in addresses.items()}, **numbers)
+    _run(_ADAMW, (1, 1), [_nothing()] * 2, n=p.value.size, **{k: address(a) for k, a in addresses.items()}, **numbers)
 
 
 def sum_of_squares(x: np.ndarray) -> float:
     """Of float32, contiguous; in double."""
     found = np.zeros(1)
-    _run(_SQUARES, (1,), [_nothing()] * 2, value=address(x), n=x.size, sums=address(found))
+    _run(_SQUARES, (1, 1), [_nothing()] * 2, value=address(x), n=x.size, sums=address(found))
     return float(found[0])
 
 
@@ -181,7 +189,8 @@ def _nothing():
 
 
 def _run(what: int, shape: tuple[int, ...], inputs: list, **numbers: float):
-    """Run at once: what it points to may change afterwards."""
+    """Run at once: what it points to may change afterwards. All that it takes and gives has two dimensions: Jittor compiles an
+    op again for every other number of them."""
     with jittor().flag_scope(lazy_execution=0):
         result = run("train_block.h", shape, inputs, _SOURCE, what=what, **{"n": 0, **numbers})
         result.sync()

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Callable
 
 from ..convert import plan_weights
-from ..convert.job import whole_file
-from ..convert.to_moss_jt import official_config
+from ..convert.job import sync, whole_file
+from ..convert.to_moss_jt import COPIED, official_config
 from ..tokenizer import load_tokenizer, write_tokenizer
+from ..weights import Weights
 from .arrays import fill, write_arrays
+from .lora import Lora, load_adapter, save_adapter
 from .parameter import Parameter
 
-MODEL = "model"  # the folder's name, in a checkpoint and of the result
-_WEIGHTS, _CONFIG, _GENERATION = "model.safetensors", "config.json", "generation_config.json"
+MODEL, ADAPTER = "model", "adapter"  # the folder's name, in a checkpoint and of the result
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -50,15 +52,47 @@ class Whole:
         return job.dst
 
 
+class Adapter:
+    """An adapter, as PEFT has it, in F32."""
+
+    def __init__(self, base: Weights, lora: Lora, parameters: dict[str, Parameter]):
+        self._base, self._lora = base, lora
+        self._values = {name: p.value for name, p in parameters.items()}
+        self.nbytes = sum(x.nbytes for x in self._values.values())
+
+    def save(self, folder: Path) -> None:
+        save_adapter(folder / ADAPTER, self._lora, self._values, str(self._base.folder))
+
+    def load(self, folder: Path) -> None:
+        _, found = load_adapter(folder / ADAPTER, self._base.config)
+        for name, x in self._values.items():
+            x[...] = found[name]
+
+    def publish(self, checkpoint: Path, output: Path, progress: Progress | None = None) -> Path:
+        """Make a checkpoint's adapter a folder in ``output``, complete or not at all; returns it. One that is there is
+        replaced."""
+        done = output / ADAPTER
+        partial = done.with_name(ADAPTER + ".partial")
+        for old in (partial, done):
+            if old.exists():
+                shutil.rmtree(old)
+        shutil.copytree(checkpoint / ADAPTER, partial)
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        partial.rename(done)
+        return done
+
+
 def write_small_files(base: Path, folder: Path) -> None:
     """All but the weights, as an official checkpoint has it: what ``base`` has, but a dialogue ends with ``<eom>``, as the
     training data does, where a base model says ``<|endoftext|>``."""
     write_tokenizer(base, folder)
     end = load_tokenizer(base).token_id("<eom>")
-    for name in (_CONFIG, _GENERATION):
+    for name in (_CONFIG, *COPIED):
         if (base / name).is_file():
+            text = (base / name).read_bytes()
             with whole_file(folder / name) as file:
-                file.write(_ending_with(end, official_config((base / name).read_bytes())))
+                file.write(_ending_with(end, official_config(text)) if name.endswith(".json") else text)
 
 
 def _ending_with(end: int | None, text: bytes) -> bytes:

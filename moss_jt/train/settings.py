@@ -11,7 +11,7 @@ from .lora import Lora
 
 @dataclass(frozen=True)
 class Settings:
-    """``lora``: None trains all weights. ``ram``, ``vram``: budgets, in bytes or like ``"6GiB"``."""
+    """``lora``: None trains all weights."""
 
     model_name_or_path: Path  # a converted checkpoint
     data_dir: Path  # holds train.jsonl and, to be evaluated on, val.jsonl
@@ -34,9 +34,7 @@ class Settings:
     skip_bad: bool = False
     resume: bool | None = None  # None: where there is a checkpoint; True: there must be one; False: start anew
     dtype: str = "fp16"  # of the resulting checkpoint
-    device: str = "auto"
-    ram: str | int | None = None
-    vram: str | int | None = None
+    ram: str | int | None = None  # for an adapter: the most memory, in bytes or like "6GiB"
 
     def __post_init__(self) -> None:
         """Raises MossError for a number that makes no sense."""
@@ -49,6 +47,8 @@ class Settings:
             raise MossError(f"warmup_rates is {self.warmup_rates}, it must be from 0 to below 1: a share of all steps")
         if self.seed > _LARGEST_SEED:
             raise MossError(f"seed is {self.seed}, it can be at most {_LARGEST_SEED}")
+        if self.ram is not None and not self.lora:
+            raise MossError("ram is a budget for frozen weights: without an adapter, all weights have to be in memory")
         if self.lora and self.dtype != "fp16":
             raise MossError(
                 "dtype is a whole model's; an adapter is written as it is, and merging it can quantise what comes of it"
@@ -61,7 +61,9 @@ class Settings:
     @property
     def deciding(self) -> dict:
         """The settings on which every number of the training depends: those that a resumed one must share."""
-        return {**{name: getattr(self, name) for name in _DECIDING}, "lora": asdict(self.lora) if self.lora else None}
+        found = {name: getattr(self, name) for name in _DECIDING}
+        # Within a budget batches are divided, so sums are taken, and dropout is drawn, in another order.
+        return {**found, "ram": "limited" if self.ram else "unlimited", "lora": asdict(self.lora) if self.lora else None}
 
 
 _LARGEST_SEED = 2**32 - 1  # numpy's

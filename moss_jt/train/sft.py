@@ -15,7 +15,7 @@ from .checkpoints import Checkpoints
 from .data import Conversations, read_conversations
 from .logs import Logs
 from .loop import Position, Training, Watcher
-from .result import Progress, Whole
+from .result import Adapter, Progress, Whole
 from .settings import Settings
 
 
@@ -72,7 +72,8 @@ def run(
         if settings.resume and last is None:
             raise MossError(f"{settings.output_dir}: holds no checkpoint to resume from")
         trainee, optimizer = make(prepared)
-        trained = Whole(prepared.weights.folder, trainee.parameters, settings.dtype)
+        base, parameters = prepared.weights, trainee.parameters
+        trained = Adapter(base, settings.lora, parameters) if settings.lora else Whole(base.folder, parameters, settings.dtype)
         position = checkpoints.load(last, trained, optimizer) if last else Position()
         trainee.dropout_state = position.dropout_state
         checkpoints.check_room(trained, optimizer)
@@ -84,7 +85,7 @@ def run(
         try:
             both = [logs, *watchers]
             training = Training(settings, trainee, optimizer, prepared.train, prepared.val, save, both, position, stopping)
-            began(Begun(training.steps, position, sum(p.value.size for p in trainee.parameters.values()), logs.has_tensorboard))
+            began(Begun(training.steps, position, sum(p.value.size for p in parameters.values()), logs.has_tensorboard))
             training.run()
         finally:
             logs.close()
@@ -106,5 +107,5 @@ def make(prepared: Prepared) -> tuple[Any, Any]:
     from . import AdamW, Trainee
 
     s = prepared.settings
-    trainee = Trainee(prepared.weights, s.lora, s.device, s.ram, s.vram, s.seed)
+    trainee = Trainee(prepared.weights, s.lora, ram=s.ram, seed=s.seed)
     return trainee, AdamW(trainee.parameters, s.learning_rate, s.weight_decay)

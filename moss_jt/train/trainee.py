@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from ..runtime import jittor
 from ..weights import Weights
 from . import ops
 from .batch import NO_LOSS, Batch, Measured, check
+from .frozen import Adapted
 from .full import Full
 from .lora import Lora
 from .parameter import Parameter
@@ -35,29 +37,35 @@ class Trainee:
         ram: str | int | None = None,
         vram: str | int | None = None,
         seed: int = 0,
+        tokens: int | None = None,
     ):
-        """``ram``: a budget for frozen weights, which are streamed where they do not fit. ``seed``: of the adapter's first values
-        and of dropout. Raises MossError for quantised weights without ``lora``, and where the budget is too small."""
+        """``ram``: a budget of this process's memory, in bytes or like ``"6GiB"``, for adapters: frozen blocks that do not fit
+        are read from disk for each batch, once forwards and once backwards; None: what the machine can spare. ``tokens``: how
+        many at a time the budget has room for, by default the model's context; larger batches are divided. ``seed``: of the
+        adapter's first values and of dropout. Raises MossError for quantised weights without ``lora``, where memory or the
+        budget is too small, and for a GPU, which nothing here can use.
+        """
         if device == "cuda" or vram is not None:
             raise MossError("training runs on the CPU only; leave the GPU out")
         if lora is None and not weights.coding.is_fp16:
-            raise MossError(f"{weights.folder}: weights in {weights.coding} cannot be trained themselves; train an adapter (LoRA)")
+            raise MossError(f"{weights.folder}: weights in {weights.coding} cannot be trained; train an adapter (LoRA)")
+        if lora is None and ram is not None:
+            raise MossError("a budget of RAM is for frozen weights; without an adapter (LoRA) all weights are in memory")
         self.config = weights.config
-        self._jt = jittor("cpu" if device == "cpu" else "auto")
+        self._most = (tokens or weights.config.n_ctx) if ram is not None else None
+        self._jt = jittor("cpu")
         ops.prepare()
-        self._weights = Full(weights)
-        self.parameters = self._weights.parameters
+        self.weights = Adapted(weights, lora, ram, self._most or 0, seed) if lora else Full(weights)
+        self.parameters = self.weights.parameters
         self.dropout_state = 0
 
     def train(self, batch: Batch, scale: float = 1.0) -> Measured:
         """Forward and backward: adds ``scale`` times the derivative of the sum of losses to the gradients."""
-        check(batch, self.config)
-        return self._run(_Counted.of(batch), scale)
+        return self._sum(batch, scale)
 
     def measure(self, batch: Batch) -> Measured:
         """The same without gradients, and without dropout."""
-        check(batch, self.config)
-        return self._run(_Counted.of(batch), None)
+        return self._sum(batch, None)
 
     def zero_gradients(self) -> None:
         for p in self.parameters.values():
@@ -71,15 +79,32 @@ class Trainee:
         for p in self.parameters.values():
             np.multiply(p.gradient, np.float32(factor), out=p.gradient)
 
+    @property
+    def streams(self) -> bool:
+        """Whether each batch brings weights from disk, twice."""
+        return isinstance(self.weights, Adapted) and self.weights.lender.streams
+
+    def _sum(self, batch: Batch, scale: float | None) -> Measured:
+        check(batch, self.config)
+        (sequences, length), parts = batch.ids.shape, []
+        if self._most is not None and length > self._most:
+            raise MossError(f"a sequence of {length} tokens is longer than the {self._most} that memory was planned for")
+        together = sequences if self._most is None else self._most // length
+        for first in range(0, sequences, together):
+            part = Batch(*(array[first : first + together] for array in batch))
+            parts.append(self._run(_Counted.of(part), scale))
+        return Measured(*map(sum, zip(*parts)))
+
     def _run(self, counted: _Counted, scale: float | None) -> Measured:
         if not len(counted.targets):
             return Measured(0.0, 0, 0)
-        weights, ids = self._weights, counted.ids.reshape(-1)
+        weights, ids = self.weights, counted.ids.reshape(-1)
         sizes = ops.Sizes(ops.Shape(self.config, *counted.ids.shape, weights.official))
+        weights.begin(scale is not None, None if scale is None else self.dropout_state)
         with self._jt.flag_scope(lazy_execution=0, no_grad=1):
             x, done = self._jt.array(weights.embed(ids)), []
-            for table in weights.blocks:
-                block = ops.Block(table, sizes)
+            for i in range(self.config.n_layer):
+                block = ops.Block(partial(weights.block, i), sizes)
                 x = block.forward(x)
                 if scale is not None:
                     done.append(block)
@@ -91,6 +116,7 @@ class Trainee:
                 while done:
                     x = done.pop().backward(x)
                 weights.embed_backward(ids, x)
+                self.dropout_state += 1
         return Measured(loss, len(counted.targets), right)
 
 

@@ -193,7 +193,7 @@ def test_cold_files_come_from_the_disk(model):
     assert load._from_disk(lambda: load._load_cold(weights)) >= 0.9 * SHAPE.token_bytes
 
 
-def test_swap(as_json, model, monkeypatch):
+def test_swap(as_json, run, model, monkeypatch):
     monkeypatch.setattr(limits, "disk_read", lambda folder: Limit("disk", "GB_s", lambda: 2e9))
     monkeypatch.setattr(page_cache, "in_memory", lambda folder: False)
     budget = smallest(SMALL, Coding("int4", "int8"), 32)
@@ -201,6 +201,9 @@ def test_swap(as_json, model, monkeypatch):
     plan = make_plan(SMALL, Coding("int4", "int8"), 32, budget)
     assert plan.disk_bytes > 0 and found["bytes_per_token"] == plan.disk_bytes / 2
     assert (found["budget_bytes"], found["context"], found["batch"]) == (budget, 32, 2) and found["peak_memory_bytes"] > 1 << 20
+    assert (
+        found["predicted_tokens_s"] > 0 and "the plan expects" in run("swap", "-m", model, "--ram", budget, "--context", 32)[1]
+    )
     check_shares(found, "GB_s", [found["bytes_per_token"] * s / 1e9 for s in found["tokens_s"]])
 
 

@@ -46,11 +46,13 @@ void c_layer_norm(const float* x, const float* w, const float* b, float* y, i64 
     if (bits == 16) { WeightsF16 w{(const f16*)q, N, K}; call; } \
     else if (bits == 8) { WeightsGrouped<8> w{q, s, z, (N + 15) / 16, K, S, orders ? order : nullptr, orders}; call; } \
     else { WeightsGrouped<4> w{q, s, z, (N + 15) / 16, K, S, orders ? order : nullptr, orders}; call; }
-void c_linear_in(const float* x, WEIGHTS, const float* b, float* y, i64 T, i64 N, i64 K, i64 I) {
-    WITH_WEIGHTS(linear_in(x, w, b, y, T, N, I))
+#define LOW_RANK(name) const float *name##_down, const float *name##_up, i64 name##_R
+#define THIS_LOW_RANK(name) (LowRank{name##_down, name##_up, name##_R})
+void c_linear_in(const float* x, WEIGHTS, LOW_RANK(l), const float* b, float* y, i64 T, i64 N, i64 K, i64 I) {
+    WITH_WEIGHTS(linear_in(x, w, THIS_LOW_RANK(l), b, y, T, N, I))
 }
-void c_linear_out(const float* a, const float* m, WEIGHTS, const float* b, const float* r, float* y, i64 T, i64 N, i64 K, i64 A,
-                  i64 M) { WITH_WEIGHTS(linear_out(a, m, w, b, r, y, T, N, A, M)) }
+void c_linear_out(const float* a, const float* m, WEIGHTS, LOW_RANK(l), const float* b, const float* r, float* y, i64 T, i64 N,
+                  i64 K, i64 A, i64 M) { WITH_WEIGHTS(linear_out(a, m, w, THIS_LOW_RANK(l), b, r, y, T, N, A, M)) }
 void c_linear_head(const float* x, WEIGHTS, const float* b, float* y, i64 T, i64 N, i64 K) {
     WITH_WEIGHTS(linear_head(x, w, b, y, T, N))
 }
@@ -59,15 +61,17 @@ void c_linear_head(const float* x, WEIGHTS, const float* b, float* y, i64 T, i64
 #define WITH_CACHE(call) \
     if (cache == 16) { CacheF16 keys{(f16*)k}, values{(f16*)v}; call; } \
     else { CacheI8 keys{(int8_t*)k, ks}, values{(int8_t*)v, vs}; call; }
-void c_block(const float* x, const float* nw, const float* nb, double eps, WEIGHTS, const float* in_bias, const uint8_t* q2,
-             const f16* s2, const uint8_t* z2, const int32_t* order2, const float* out_bias, const float* angles, CACHE,
-             i64 H, i64 rotary, i64 C, const Sequence* sequences, i64 n, float* out, i64 T, i64 K, i64 I) {
+void c_block(const float* x, const float* nw, const float* nb, double eps, WEIGHTS, LOW_RANK(l), const float* in_bias,
+             const uint8_t* q2, const f16* s2, const uint8_t* z2, const int32_t* order2, LOW_RANK(l2), const float* out_bias,
+             const float* angles, CACHE, i64 H, i64 rotary, i64 C, const Sequence* sequences, i64 n, float* out, i64 T, i64 K,
+             i64 I) {
     const i64 D = K, N = 3 * D + I, rows = (N + 15) / 16, columns = (D + 15) / 16;
     const Norm norm{nw, nb, (float)eps};
     const Heads heads{H, D / H, rotary, C};
     const int32_t *o = orders ? order : nullptr, *o2 = orders ? order2 : nullptr;
 #define BLOCK(in, out_w) \
-    WITH_CACHE(block(x, norm, in, in_bias, out_w, out_bias, angles, keys, values, heads, sequences, n, out, T, D, I))
+    WITH_CACHE(block(x, norm, in, THIS_LOW_RANK(l), in_bias, out_w, THIS_LOW_RANK(l2), out_bias, angles, keys, values, heads, \
+                     sequences, n, out, T, D, I))
     if (bits == 16) { BLOCK((WeightsF16{(const f16*)q, N, D}), (WeightsF16{(const f16*)q2, D, D + I})) }
     else if (bits == 8) {
         BLOCK((WeightsGrouped<8>{q, s, z, rows, D, S, o, orders}),
@@ -94,9 +98,9 @@ def supported(isa: str) -> bool:
     return needs[isa] <= set(flags)
 
 
-def build(isa: str, folder: Path) -> Kernels:
+def build(isa: str, folder: Path, code: str = SOURCE) -> Kernels:
     source, library = folder / f"{isa}.cc", folder / f"{isa}.so"
-    source.write_text(SOURCE)
+    source.write_text(code)
     compiler = os.environ.get("CXX", "g++")
     subprocess.run([compiler, *FLAGS, *ISAS[isa], f"-I{KERNELS}", str(source), "-o", str(library)], check=True)
     with float_environment_kept():
@@ -104,7 +108,7 @@ def build(isa: str, folder: Path) -> Kernels:
 
 
 class Kernels:
-    """Calls ``c_NAME`` of the library: numpy arrays go as pointers, whole numbers as int64, floats as double."""
+    """Calls ``c_NAME`` of the library: numpy arrays and None go as pointers, whole numbers as int64, floats as double."""
 
     def __init__(self, library: ctypes.CDLL):
         self._library = library
@@ -116,7 +120,9 @@ class Kernels:
         def call(*args):
             converted = []
             for a in args:
-                if isinstance(a, np.ndarray):
+                if a is None:
+                    converted.append(ctypes.c_void_p())
+                elif isinstance(a, np.ndarray):
                     assert a.flags.c_contiguous
                     converted.append(ctypes.c_void_p(a.ctypes.data))
                 else:

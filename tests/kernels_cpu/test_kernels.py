@@ -152,6 +152,14 @@ def test_linear_head(kernels, rng, bits, group, T, N, K):
     assert np.isnan(y[T]).all()
 
 
+def random_low_rank(rng, N, K):
+    """(what the kernels take: down, up, R), and the exact sum that it adds to the weights; now and then nothing."""
+    R = int(rng.choice([0, 1, 3, 8, 33]))
+    down, up = (rng.standard_normal(shape).astype(np.float32) for shape in ((R, K), (N, R)))
+    up /= 4 * np.sqrt(R + 1)  # together no larger than weights are
+    return (down, up, R), up.astype(np.float64) @ down
+
+
 @BITS
 @pytest.mark.parametrize("T, N, K", SHAPES)
 @pytest.mark.parametrize("part", [0.0, 0.57, 1.0])
@@ -162,9 +170,10 @@ def test_linear_in(kernels, rng, bits, T, N, K, part, orders):
         I = N - (N - I) // 16 * 16  # noqa: E741  # each order has whole panels
     x, b = rng.standard_normal((T, K)).astype(np.float32), rng.standard_normal(max(I, 1)).astype(np.float32)
     weights, exact = random_weights(rng, bits, N, K, parts=((), (N,), (N - I, I))[orders])
+    more, added = random_low_rank(rng, N, K)
     y = poisoned(T + 1, N)
-    kernels.linear_in(x, *weights, b, y, T, N, K, I)
-    exact, size = product(x, exact, np.concatenate([np.zeros(N - I), b[:I]]))
+    kernels.linear_in(x, *weights, *more, b, y, T, N, K, I)
+    exact, size = product(x, exact + added, np.concatenate([np.zeros(N - I), b[:I]]))
     exact[:, N - I :] = reference.gelu_new(exact[:, N - I :])
     close(y[:T], exact, size, tolerance(bits, T))
     assert np.isnan(y[T]).all()
@@ -178,8 +187,9 @@ def test_linear_out(kernels, rng, bits, T, N, K):
     a, m, r = (rng.standard_normal((T, n)).astype(np.float32) for n in (A, M, N))
     weights, exact = random_weights(rng, bits, N, K, parts=(N,) if T % 2 else ())
     b, y = rng.standard_normal(N).astype(np.float32), poisoned(T + 1, N)
-    kernels.linear_out(a, m, *weights, b, r, y, T, N, K, A, M)
-    close(y[:T], *product(np.concatenate([a, m[:, 5:]], 1), exact, b, r), tolerance(bits, T))
+    more, added = random_low_rank(rng, N, K)
+    kernels.linear_out(a, m, *weights, *more, b, r, y, T, N, K, A, M)
+    close(y[:T], *product(np.concatenate([a, m[:, 5:]], 1), exact + added, b, r), tolerance(bits, T))
     assert np.isnan(y[T]).all()
 
 
@@ -319,11 +329,14 @@ def test_block(kernels, rng, bits, cache, T, orders):
     )
     w, exact_in = random_weights(rng, bits, 3 * D + I, D, parts=(3 * D, I) if orders else ())
     w2, exact_out = random_weights(rng, bits, D, D + I, parts=(D,) if orders else ())
+    more, added = random_low_rank(rng, 3 * D + I, D)
+    more2, added2 = random_low_rank(rng, D, D + I)
+    exact_in, exact_out = exact_in + added, exact_out + added2
     rows = Rows(rng, cache, np.broadcast_to(np.arange(C) < start, (1, H, C)), D // H)
     y = poisoned(T + 1, D)
     kernels.block(
-        x, *norm, 1e-5, *w, in_bias, *w2[1:4], w2[5], out_bias, rotary_angles(C, rotary), *rows.given, H, rotary, C,
-        np.array([[0, start, 0, T]], np.int32), 1, y, T, D, I,
+        x, *norm, 1e-5, *w, *more, in_bias, *w2[1:4], w2[5], *more2, out_bias, rotary_angles(C, rotary), *rows.given, H, rotary,
+        C, np.array([[0, start, 0, T]], np.int32), 1, y, T, D, I,
     )  # fmt: skip
 
     h = reference.layer_norm(x.astype(np.float64), *norm, 1e-5)

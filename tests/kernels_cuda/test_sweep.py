@@ -119,7 +119,7 @@ def _parts(tensors: dict, name: str) -> list:
     return [np.asarray(tensors[f"{name}.{part}"]) for part in ("q", "scale", "zero")]
 
 
-def _state(weights) -> dict:
+def official(weights) -> dict:
     """Official name -> array."""
     names = {
         "ln_1.weight": "ln_1.weight", "ln_1.bias": "ln_1.bias", "in.bias": "mlp.fc_in.bias", "out.bias": "mlp.fc_out.bias",
@@ -149,7 +149,7 @@ def test_the_plan_leaves_room_for_the_work_space(kernels, multiprocessors):
 def test_a_prompt_and_what_follows_it(kernels, tmp_path, rng, monkeypatch, dtype, head_dtype, kv_cache):
     sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "rotary_dim": 8, "vocab_size": 300, "n_inner": 72}
     weights = models.write(tmp_path / "model", dtype, head_dtype, seed=int(rng.integers(1 << 30)), **sizes)
-    model, state = Emulated(kernels, weights, kv_cache, places=2), _state(weights)
+    model, state = Emulated(kernels, weights, kv_cache, places=2), official(weights)
     a, b = rng.integers(0, 300, 15), rng.integers(0, 300, 6)
     if kv_cache == "int8":
         attention = reference.attention

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import random
 import threading
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Callable
 
 import numpy as np
 
-
-class OutOfDeviceMemory(Exception):
-    pass
+from moss_jt.cudart import OutOfDeviceMemory
 
 
 @dataclass
@@ -30,7 +29,11 @@ class Simulated:
 
     def __init__(self, seed: int, size: int = 64 << 20):
         self.memory = np.full(size, 0xEE, np.uint8)
-        self.taken = self.most_taken = 4096
+        self.written = np.zeros(size, np.uint8)  # of each byte, whether it is what somebody wrote there
+        self._pinned: list[np.ndarray] = []
+        self._lives: dict[int, int] = {0: 4096}  # what is allocated: where, and how much
+        self.others = 0  # bytes that somebody else has taken
+        self.refuses: Callable[[], bool] = lambda: False  # whether the next allocation fails
         self._random, self._lock = random.Random(seed), threading.RLock()
         self._slow = self._random.choice([None, 0, 1])  # a stream that hardly gets anywhere
         self._default = _Queue()
@@ -40,10 +43,8 @@ class Simulated:
 
         class Memory:
             def __init__(self, nbytes: int):
-                self.pointer, self.nbytes = outer.taken, nbytes
-                outer.taken += -(-max(1, nbytes) // 256) * 256
-                if outer.taken > size:
-                    raise OutOfDeviceMemory
+                self.pointer, self.nbytes = outer._allocate(nbytes), nbytes
+                self.free = weakref.finalize(self, outer._free, self.pointer)
 
         class Stream(_Queue):
             def __init__(self):
@@ -75,29 +76,99 @@ class Simulated:
             def synchronize(self) -> None:
                 outer._until(self.ticket().passed)
 
-        self.Memory, self.Stream, self.Event = Memory, Stream, Event
+        class Managed(Memory):
+            """A kernel always finds it right, wherever it is."""
+
+            def __init__(self, nbytes: int):
+                super().__init__(nbytes)
+                self.bytes = outer.memory[self.pointer : self.pointer + nbytes]
+                outer.written[self.pointer : self.pointer + nbytes] = 1
+                outer.managed += nbytes
+
+            def move(self, to_device: bool, stream) -> None:
+                def step() -> bool:
+                    (outer.on_device.add if to_device else outer.on_device.discard)(self)
+                    outer.most_on_device = max(outer.most_on_device, sum(m.nbytes for m in outer.on_device))
+                    return True
+
+                outer._put(stream, step)
+
+        self.managed, self.on_device, self.most_on_device = 0, set(), 0
+        self.Memory, self.Managed, self.Stream, self.Event = Memory, Managed, Stream, Event
+
+    @property
+    def taken(self) -> int:
+        return sum(self._lives.values())
+
+    def _allocate(self, nbytes: int) -> int:
+        """The first gap that is large enough."""
+        nbytes, at = -(-max(1, nbytes) // 256) * 256, 0
+        with self._lock:
+            if self.refuses() or self.taken + nbytes > len(self.memory) - self.others:
+                raise OutOfDeviceMemory("out of memory")
+            for start, size in sorted(self._lives.items()):
+                if start - at >= nbytes:
+                    break
+                at = start + size
+            if at + nbytes > len(self.memory):
+                raise OutOfDeviceMemory("out of memory")
+            self._lives[at] = nbytes
+        return at
+
+    def _free(self, pointer: int) -> None:
+        """As cudaFree: once all that was issued is over."""
+        self.synchronize()
+        with self._lock:
+            size = self._lives.pop(pointer)
+            self.memory[pointer : pointer + size], self.written[pointer : pointer + size] = 0xEE, 0
 
     def pinned(self, nbytes: int) -> np.ndarray:
-        return np.zeros(nbytes, np.uint8)
+        self._pinned.append(np.full(nbytes, 0xFF, np.uint8))  # not a number, in halves and floats
+        return self._pinned[-1]
 
     def to_device(self, pointer: int, source: np.ndarray, stream=None) -> None:
         if stream and self.fails():
             raise RuntimeError("the copy cannot be started")
         raw = source.reshape(-1).view(np.uint8)
-        if stream is None:  # from memory that the caller may change: it is taken now
+        if not any(np.may_share_memory(raw, memory) for memory in self._pinned):  # the caller may change it: it is taken now
             raw = raw.copy()
-        target = self.memory[pointer : pointer + len(raw)]
+        self._copy(self._there(pointer, len(raw), len(raw), 1), raw[None], stream or self._default)
+
+    def rows_to_device(self, pointer: int, pitch: int, source: np.ndarray, stream) -> None:
+        self._copy(self._there(pointer, pitch, *source.shape[::-1]), source, stream)
+
+    def rows_to_host(self, target: np.ndarray, pointer: int, pitch: int, stream) -> None:
+        source, _ = self._there(pointer, pitch, *target.shape[::-1])
+        self._copy((target, np.empty(target.shape, np.uint8)), source, stream)
+
+    def _there(self, pointer: int, pitch: int, width: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows on the device, and of each of their bytes whether it was written."""
+        strided = np.lib.stride_tricks.as_strided
+        return tuple(strided(all_[pointer:], (count, width), (pitch, 1)) for all_ in (self.memory, self.written))
+
+    def _copy(self, target: tuple[np.ndarray, np.ndarray], source: np.ndarray, queue: _Queue) -> None:
+        there, written = target
 
         def begin() -> bool:
-            target[:] = 0xEE
+            there[:], written[:] = 0xEE, 0
             return True
 
         def end() -> bool:
-            target[:] = raw
+            there[:], written[:] = source, 1
             return True
 
-        self._put(stream or self._default, begin)
-        self._put(stream or self._default, end)
+        self._put(queue, begin)
+        self._put(queue, end)
+
+    def memory_info(self) -> tuple[int, int]:
+        return len(self.memory) - self.others - self.taken, len(self.memory)
+
+    def launch(self, kernel: Callable[[], None]) -> None:
+        """Put a kernel into the default stream."""
+        self._put(self._default, lambda: kernel() or True)
+
+    def until_default_is_idle(self) -> None:
+        self._until(lambda: not self._default.steps)
 
     def use(self, pointer: int, expected: np.ndarray, wrong: list) -> None:
         """A kernel on the default stream that reads what must be ``expected`` all the time."""

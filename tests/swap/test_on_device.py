@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 
 from moss_jt.swap import make_plan, on_device, smallest
 from moss_jt.swap.on_device import OnDevice
+from moss_jt.swap.ring import Ring
+from moss_jt.swap.streamed import Streamed
 
-from . import models
+from . import models, simulated_cuda
 from .simulated_cuda import Simulated
 
 CONTEXT = 24
@@ -78,6 +81,30 @@ def test_whatever_the_timing(weights, seed, share, pinned, sweeps):
             lender.close()
 
 
+def test_both_tiers_have_one_scheduler(weights, monkeypatch):
+    """What is read from disk into RAM and what is brought to a GPU is asked of the same Ring, in the same order."""
+    asked, follow, lend = [], Ring.follow, Ring.lend
+    monkeypatch.setattr(Ring, "follow", lambda ring, items: (asked.append(list(items)), follow(ring, items))[1])
+    monkeypatch.setattr(Ring, "lend", lambda ring, item: (asked.append(item), lend(ring, item))[1])
+    cuda, gpu = opened(weights, monkeypatch, 3, 0.2, 1 << 30)
+    parts = [*gpu._blocks, *gpu._ranges]
+    assert parts and asked == [parts]
+    sweep(weights, cuda, gpu, True, [])
+    on_gpu = asked[:]
+    asked.clear()
+    blocks = tuple("streamed" if i in gpu._blocks else "resident" for i in range(7))
+    plan = make_plan(weights.config, weights.coding, CONTEXT, smallest(weights.config, weights.coding, CONTEXT))
+    cpu = Streamed(weights, replace(plan, blocks=blocks, head_rows=gpu._ranges[0][0], part_rows=plan.part_rows))
+    cpu.expect(True)
+    for i in range(7):
+        with cpu.block(i):
+            pass
+    assert len(list(cpu.head())) == len(gpu._head)
+    assert asked == on_gpu == [parts, parts, *parts]
+    gpu.close()
+    cpu.close()
+
+
 @pytest.mark.parametrize("mistake", ["no wait for the copy", "no wait for the kernels"])
 def test_a_mistake_would_be_seen(weights, monkeypatch, mistake):
     """The same without one of the waits: the simulated device finds it."""
@@ -137,3 +164,49 @@ def test_a_disk_s_error_is_of_the_sweep_that_needed_it(weights, monkeypatch):
     cuda.synchronize()
     assert not wrong
     lender.close()
+
+
+# ---- unified memory ----------------------------------------------------------------------------------------------------------
+
+
+def unified(weights, monkeypatch, seed: int, share: float, pinned: int, size: int = 64 << 20) -> tuple[Simulated, OnDevice]:
+    cuda, model = Simulated(seed, size), (weights.config, weights.coding, CONTEXT, "fp16", True, "unified")
+    monkeypatch.setattr(on_device, "cudart", cuda)
+    config, coding, context, *how = model
+    least, most = smallest(*model), make_plan(config, coding, context, 1 << 40, *how).peak
+    return cuda, OnDevice(weights, make_plan(config, coding, context, least + int(share * (most - least)), *how), pinned)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30), share=st.sampled_from([0, 0.5, 0.9]), heads=st.lists(st.booleans(), min_size=2, max_size=6)
+)
+def test_pages_that_move(weights, seed, share, heads):
+    """No more of them are on the device at a time than the slots would hold, and those that are computed with always are."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        cuda, lender = unified(weights, monkeypatch, seed, share, 1 << 40)
+        wrong, away = [], []
+        lend = lender._ring.lend
+
+        @contextmanager
+        def lent(item):
+            with lend(item) as turn:
+                cuda.launch(lambda: lender._waiting[item] in cuda.on_device or away.append(item))
+                yield turn
+
+        lender._ring.lend = lent
+        for head in heads:
+            sweep(weights, cuda, lender, head, wrong)
+        cuda.synchronize()
+        room = max(m.nbytes for m in lender._waiting.values())
+        assert not wrong and not away and room < cuda.most_on_device <= 2 * room
+        assert cuda.managed == sum(m.nbytes for m in lender._waiting.values())
+        lender.close()
+
+
+def test_no_more_unified_memory_than_is_free(weights, monkeypatch):
+    cuda, lender = unified(weights, monkeypatch, 0, 0.2, 1 << 40)
+    lender.close()
+    for pinned, size, what in ((1 << 40, cuda.taken - 100_000, "free on the device"), (100_000, 64 << 20, "RAM that can be")):
+        with pytest.raises(simulated_cuda.OutOfDeviceMemory, match=what):
+            unified(weights, monkeypatch, 0, 0.2, pinned, size)

@@ -59,6 +59,11 @@ def test_what_it_cannot_read_is_measured(measurements, tmp_path, content):
     assert json.loads(file.read_text())[speeds._key(tmp_path)]["disk"] == 1e9
 
 
+def test_remembered_without_measuring(measurements, tmp_path):
+    assert speeds.remembered(tmp_path) is None and not measurements
+    assert speeds.measured(tmp_path) == speeds.remembered(tmp_path) and len(measurements) == 1
+
+
 def test_nowhere_to_remember(measurements, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file")
     assert speeds.measured(tmp_path).disk == 1e9 and speeds.measured(tmp_path).disk == 2e9

@@ -286,7 +286,9 @@ def test_load_with_a_budget(tmp_path):
     expected = moss_jt.load(folder).logits(range(20))
     tight = plan(moss_jt.weights.open_weights(folder), 0.2, 64).budget
     for ram in (tight, str(tight), f"{tight / 2**20 + 0.01}MiB"):
-        m = moss_jt.load(folder, ram=ram)
+        plans = []
+        m = moss_jt.load(folder, ram=ram, planned=plans.append)
+        assert plans == [m.model.device.plan] and plans[0].streams
         assert m.model.streams and np.array_equal(m.logits(range(20)), expected)
     assert not moss_jt.load(folder, ram="1GiB").model.streams
     with pytest.raises(MossError, match=r"a budget of 1MiB is too small .* \d+MiB is the smallest"):

@@ -34,6 +34,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     src = official_folder(write_official(folder / "src", CONFIG, random_state(CONFIG, 1), masks=False))
     (src / "generation_config.json").write_text('{"eos_token_id": 7, "top_k": 40}')
+    (src / "meta_instruction.txt").write_text("You are MOSS.\n")
     moss_jt.convert.weights(src, folder / "base")
     (folder / "data").mkdir()
     meta = ["You are MOSS.\n" * n for n in range(1, 5)]
@@ -112,7 +113,7 @@ def test_the_result_ends_with_eom_and_has_the_tokenizer(sft, base, here):
     assert json.loads((model / "generation_config.json").read_text()) == {"eos_token_id": config["eos_token_id"], "top_k": 40}
     original = read_json(base / "src")
     assert {**original, "eos_token_id": 0} == {k: v for k, v in {**config, "eos_token_id": 0}.items() if k != "moss_jt"}
-    for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json", "meta_instruction.txt"):
         assert (model / name).read_bytes() == (base / "src" / name).read_bytes()
 
 
@@ -146,13 +147,13 @@ def test_clipping_and_the_rate_reach_the_optimizer(sft, monkeypatch):
     trainees, optimizers, norms = [], [], []
 
     class Recording(FakeTrainee):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
             trainees.append(self)
 
     class Optimizer(FakeOptimizer):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
             optimizers.append(self)
 
         def step(self, lr):
@@ -176,8 +177,8 @@ def test_the_evaluation_is_the_official_metric(sft, monkeypatch):
     trainees = []
 
     class Recording(FakeTrainee):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
             self.measured = []
             trainees.append(self)
 

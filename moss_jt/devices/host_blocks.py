@@ -1,0 +1,116 @@
+"""The first blocks, where they do not fit the device: computed by the CPU where they lie, or brought, sweep by sweep.
+
+Their keys and values are in pinned host memory. When the CPU computes, nothing crosses but the state, once. When the blocks
+are streamed, the rows that a block needs are copied to the device beside its weights, and the new ones back after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+
+from .. import cudart
+from ..cache import parts_of
+from ..runtime import jittor
+from ..swap import CHUNK, Plan
+from ..swap.on_device import OnDevice
+from ..swap.room import SLOTS
+from ..weights import Weights
+from .host import Blocks, layers_of
+
+
+class HostBlocks:
+    """``count`` blocks, of weights that a device was lent."""
+
+    def __init__(self, weights: Weights, plan: Plan, lent: OnDevice):
+        self._config, self._context, self._kv_cache = weights.config, plan.context, plan.kv_cache
+        self.count, self._lent = len(plan.host_blocks), lent
+        self._brought = bool(set(plan.host_blocks) & set(plan.streamed_blocks))
+        self._blocks = Blocks(weights.config, weights.coding, plan.context, plan.kv_cache)
+        self._state = cudart.pinned(4 * weights.config.n_embd * CHUNK).view(np.float32).reshape(CHUNK, -1)
+
+    def cache(self, places: int) -> HostCache:
+        """Raises OutOfDeviceMemory."""
+        shapes = parts_of(self._config, self._context, places, self._kv_cache)
+        return HostCache([((self.count, *shape[1:]), np.dtype(dtype)) for shape, dtype in shapes], self._brought)
+
+    def compute(self, cache: HostCache, embedded: np.ndarray, table: np.ndarray, places: int, state: int) -> None:
+        """By the CPU: from float16 (T, D) to the state at an address on the device, float32 (T, D). What Jittor launches from
+        now on finds it there."""
+        cache.finish()
+        blocks = ((nullcontext(self._lent.on_host(i)), layer) for i, layer in enumerate(cache.layers))
+        there = self._state[: len(embedded)]
+        with jittor().flag_scope(lazy_execution=0, no_grad=1, use_cuda=0):
+            there[:] = self._blocks(embedded.astype(np.float32), table, places, blocks)
+        cudart.to_device(state, there)
+
+
+class HostCache:
+    """Keys and values of the first blocks, in host memory. ``layers``: as the CPU takes them.
+
+    On the device there is room for those of two blocks, which take turns. All copies go through one stream, so that a block's
+    rows come only when those of the one before the last have gone back, and what a sweep reads is what those before it wrote.
+    """
+
+    def __init__(self, shapes: list[tuple], brought: bool):
+        """``shapes``: as parts_of has them, with dtypes. ``brought``: whether they ever go to the device."""
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
+        self._parts = [cudart.pinned(n).view(dtype).reshape(shape) for n, (shape, dtype) in zip(sizes, shapes)]
+        self.layers, self._count = layers_of(self._parts), len(self._parts[0])
+        self._turns, self._stream = [], cudart.Stream()
+        if brought:
+            self._turns = [_Turn([part[0].nbytes for part in self._parts]) for _ in range(SLOTS)]
+
+    def begin(self, table: np.ndarray) -> None:
+        """A sweep begins, with these sequences, that streams the blocks. What an interrupted one still computes does no harm:
+        it writes rows behind those that are brought."""
+        self._table = table.tolist()
+        self._bring(0)
+
+    @contextmanager
+    def lend(self, i: int) -> Iterator[list[int]]:
+        """Block i's, blocks one after the other from the first on: addresses on the device for what Jittor launches until the
+        loan ends. Those of the next one are brought meanwhile."""
+        turn = self._turns[i % SLOTS]
+        if i + 1 < self._count:
+            self._bring(i + 1)
+        turn.there.wait_on_default()
+        yield turn.addresses
+        turn.used.record()
+        self._stream.wait(turn.used)
+        for place, start, _, count in self._table:
+            for rows, address, pitch in self._rows(i, place, start, start + count):
+                cudart.rows_to_host(rows, address, pitch, self._stream)
+
+    def finish(self) -> None:
+        """Wait until all is in host memory."""
+        self._stream.synchronize()
+
+    def _bring(self, i: int) -> None:
+        """Only rows of tokens that were there before the sweep."""
+        turn = self._turns[i % SLOTS]
+        for place, start, _, _ in self._table:
+            for rows, address, pitch in self._rows(i, place, 0, start) if start else ():
+                cudart.rows_to_device(address, pitch, rows, self._stream)
+        turn.there.record(self._stream)
+
+    def _rows(self, i: int, place: int, first: int, end: int) -> Iterator[tuple[np.ndarray, int, int]]:
+        """Of each of a block's parts, tokens ``first`` … ``end`` - 1 of every head of a sequence: uint8 (H, bytes), the address
+        of the same on the device, and how far apart heads are there."""
+        halves = (half[place] for part in self._parts for half in part[i])
+        for half, address in zip(halves, self._turns[i % SLOTS].addresses):
+            heads = half.reshape(len(half), -1).view(np.uint8)
+            row = heads.shape[1] // half.shape[1]
+            yield heads[:, first * row : end * row], address + place * heads.size + first * row, heads.shape[1]
+
+
+class _Turn:
+    """Room on the device for one block's keys and values: ``there`` when they have come, ``used`` when kernels are past."""
+
+    def __init__(self, sizes: list[int]):
+        self._memory = [cudart.Memory(size) for size in sizes]
+        self.addresses = [m.pointer + half for m in self._memory for half in (0, m.nbytes // 2)]
+        self.there, self.used = cudart.Event(), cudart.Event()
