@@ -9,6 +9,7 @@ import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import initial
 import vocabulary
@@ -18,45 +19,60 @@ HERE = Path(__file__).resolve().parent
 BUILD, PACKAGE = HERE / "build", HERE.parent / "moss_jt" / "demo"
 SEED = 3
 VOCABULARY = 2560
-# Copying numbers is learned soonest where there are no others, so questions stand alone before they come one after another.
+
+
+class Stage(NamedTuple):
+    """A training on conversations of its own, from the weights that the stage before has left. The rest is ``Author``'s."""
+
+    conversations: int
+    batch: int  # conversations
+    learning_rate: float
+    turns: tuple[int, ...]
+    sums: float
+    variants: int
+
+
+# Copying numbers is learned soonest where there are no others, so questions stand alone before they come one after another;
+# what moss-jt is asked about takes longest, and is learned last, with one answer to a subject.
 STAGES = (
-    {"conversations": 10000, "learning_rate": 1.5e-3, "turns": (1, 2, 3, 3, 4, 4), "sums": 0.43, "variants": 2},
-    {"conversations": 12000, "learning_rate": 1.5e-3, "turns": (1,), "sums": 0.65, "variants": 2},
-    {"conversations": 8000, "learning_rate": 1.2e-3, "turns": (1, 1, 2, 2, 3, 4), "sums": 0.43, "variants": 2},
-    {"conversations": 20000, "learning_rate": 1.2e-3, "turns": (1, 1, 1, 2, 2, 3), "sums": 0.35, "variants": 1},
-    {"conversations": 13000, "learning_rate": 1.2e-3, "turns": (1, 1, 1, 2), "sums": 0.25, "variants": 1},
+    Stage(10000, 4, 1.5e-3, turns=(1, 2, 3, 3, 4, 4), sums=0.43, variants=2),
+    Stage(12000, 8, 1.5e-3, turns=(1,), sums=0.65, variants=2),
+    Stage(8000, 4, 1.2e-3, turns=(1, 1, 2, 2, 3, 4), sums=0.43, variants=2),
+    Stage(20000, 8, 1.2e-3, turns=(1, 1, 1, 2, 2, 3), sums=0.35, variants=1),
+    Stage(13000, 8, 1.2e-3, turns=(1, 1, 1, 2), sums=0.25, variants=1),
 )
 VALIDATION = 200  # conversations
 
 
 def main() -> None:
-    write_initial(BUILD / "init")
+    if not (BUILD / "base").exists():
+        write_initial(BUILD / "init")
+        moss_jt("convert", "weights", BUILD / "init", BUILD / "base")
     model = BUILD / "base"
-    moss_jt("convert", "weights", BUILD / "init", model)
     for number, stage in enumerate(STAGES):
         data, run = BUILD / f"data-{number}", BUILD / f"run-{number}"
         write_data(data, SEED + 2 * number, stage)
+        dtype = "int8" if stage is STAGES[-1] else "fp16"
+        options = ("--train_bsz_per_gpu", stage.batch, "--learning_rate", stage.learning_rate, "--dtype", dtype)
         folders = ("-m", model, "--data_dir", data, "--output_dir", run)
-        dtype = "fp16" if stage is not STAGES[-1] else "int8"
-        moss_jt(
-            "train", "sft", "--config", HERE / "sft.yaml", *folders, "--learning_rate", stage["learning_rate"], "--dtype", dtype
-        )
+        moss_jt("train", "sft", "--config", HERE / "sft.yaml", *folders, *options)
         model = run / "model"
     install(model)
 
 
-def write_data(folder: Path, seed: int, stage: dict) -> None:
-    """``train.jsonl`` and ``val.jsonl``, the latter the same in each stage, and of no stage's conversations."""
+def write_data(folder: Path, seed: int, stage: Stage) -> None:
+    """``train.jsonl``, and a ``val.jsonl`` of conversations of all kinds by another seed."""
     folder.mkdir(parents=True, exist_ok=True)
     forbidden = frozenset(map(normalised, held_out()))
-    train = Author(seed, forbidden, stage["turns"], stage["sums"], stage["variants"])
-    for name, author, count in (("train", train, stage["conversations"]), ("val", Author(SEED + 1, forbidden), VALIDATION)):
+    train = Author(seed, forbidden, stage.turns, stage.sums, stage.variants)
+    for name, author, count in (("train", train, stage.conversations), ("val", Author(SEED + 1, forbidden), VALIDATION)):
         write(folder / f"{name}.jsonl", islice(iter(author.conversation, None), count))
 
 
 def write_initial(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     ids = vocabulary.train(vocabulary_text(SEED), VOCABULARY, [*switches(), *switches(())], folder / "tokenizer.model")
+    (folder / "meta_instruction.txt").write_text(meta_instruction(), "utf-8")
     initial.write(folder, VOCABULARY, ids("<|endoftext|>"), ids("<eom>"), SEED)
 
 
@@ -73,7 +89,6 @@ def install(model: Path) -> None:
     for file in model.iterdir():
         if file.name != "convert.json":
             shutil.copyfile(file, PACKAGE / file.name)
-    (PACKAGE / "meta_instruction.txt").write_text(meta_instruction(), "utf-8")
 
 
 if __name__ == "__main__":
