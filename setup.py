@@ -38,7 +38,11 @@ setup(
     python_requires=">=3.9,<3.13",
     package_dir=packages(),
     packages=list(packages()),
-    package_data={"moss_jt.kernels_cpu": ["*.h"], "moss_jt.kernels_cuda": ["*.cuh"]},
+    package_data={
+        "moss_jt.kernels_cpu": ["*.h"],
+        "moss_jt.kernels_cuda": ["*.cuh"],
+        "moss_jt.demo": ["*.json", "*.model", "*.safetensors", "*.txt"],
+    },
     install_requires=[
         "jittor==1.3.11.0",
         "numpy>=1.22,<2",  # with numpy 2, Jittor 1.3.11 returns garbage silently

@@ -27,7 +27,8 @@ from moss_jt.weights.layout import Coding
 
 
 def measure(given: argparse.Namespace) -> dict:
-    facts, shape = machine_facts(), Shape(moon(given.layers), Coding(given.dtype))
+    coding = Coding(given.dtype, "fp16" if given.dtype == "fp16" else "int8")  # as it is converted by default
+    facts, shape = machine_facts(), Shape(moon(given.layers), coding)
     with random_checkpoint(shape, given.dir) as folder:
         weights, lora = open_weights(folder), Lora(given.rank, 2 * given.rank)
         trainee = Trainee(weights, lora, device="cpu", ram=given.ram, tokens=given.tokens)
@@ -44,7 +45,7 @@ def measure(given: argparse.Namespace) -> dict:
             losses.append(measured.loss / measured.tokens)
     return {
         "machine": facts,
-        "dtype": given.dtype,
+        "dtype": str(coding),
         "blocks": given.layers,
         "rank": given.rank,
         "tokens": given.tokens,

@@ -158,16 +158,6 @@ struct Room {
           scores(v + KEYS * W) {}
 };
 
-// to[i][j] = from[j][i]: VEC rows of P floats -> P rows of QUERIES, and back.
-inline void turn(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-    pairs v[VEC];
-    MOSS_UNROLL
-    for (int i = 0; i < VEC; i++) v[i] = load_pairs(from + i * from_stride);
-    transpose(v);
-    MOSS_UNROLL
-    for (int i = 0; i < VEC; i++) store_pairs(to + i * to_stride, v[i]);
-}
-
 // n rows of S numbers -> floats, rows W apart.
 template <class Cache>
 void widen(Cache from, float* to, int64_t n, int64_t S, int64_t W) {

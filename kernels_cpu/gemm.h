@@ -13,23 +13,13 @@ const int MR = VEC == 16 ? 12 : 6, NR = 2 * VEC;
 const int64_t KC = 256, MC = 20 * MR, NC = 2048, MB = 2048 / MC * MC;
 const int64_t TILE_N = 8 * NR;  // columns of a tile of c, whose rows are MC
 
-// VEC rows of VEC floats, as columns.
-inline void turned(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-    pairs v[VEC];
-    MOSS_UNROLL
-    for (int i = 0; i < VEC; i++) v[i] = load_pairs(from + i * from_stride);
-    transpose(v);
-    MOSS_UNROLL
-    for (int i = 0; i < VEC; i++) store_pairs(to + i * to_stride, v[i]);
-}
-
 // n rows of `count` floats each (rows `stride` apart) -> to[count][W], n <= W, zeros from n on.
 template <int W>
 inline void interleave(const float* from, int64_t stride, int64_t n, int64_t count, float* to) {
     int64_t k = 0;
     if (n == W && W % VEC == 0)
         for (; k + VEC <= count; k += VEC)
-            for (int j = 0; j < W; j += VEC) turned(from + j * stride + k, stride, to + k * W + j, W);
+            for (int j = 0; j < W; j += VEC) turn(from + j * stride + k, stride, to + k * W + j, W);
     else if (n == W)
         for (; k < count; k++)
             MOSS_UNROLL
@@ -39,7 +29,7 @@ inline void interleave(const float* from, int64_t stride, int64_t n, int64_t cou
 }
 
 // Element (i, j) at p[i * row + j * column]; one of these strides is 1.
-struct Floats2 {
+struct Strided {
     const float* p;
     int64_t row, column;
 
@@ -53,13 +43,13 @@ struct Floats2 {
             else
                 for (int64_t j = 0; j < W; j++) to[j] = j < n ? from[j] : 0;
     }
-    Floats2 turned() const { return {p, column, row}; }
+    Strided turned() const { return {p, column, row}; }
     // Of a right operand: columns [j, j + n) of rows [k, k + count) -> to[count][NR].
     void pack(int64_t j, int64_t n, int64_t k, int64_t count, float* to) const { turned().pack_rows<NR>(j, n, k, count, to); }
 };
 
-inline Floats2 plain(const float* p, int64_t row) { return {p, row, 1}; }
-inline Floats2 transposed(const float* p, int64_t row) { return {p, 1, row}; }  // of a matrix whose rows are `row` apart
+inline Strided plain(const float* p, int64_t row) { return {p, row, 1}; }
+inline Strided transposed(const float* p, int64_t row) { return {p, 1, row}; }  // of a matrix whose rows are `row` apart
 
 // c[MR][NR] = or += the product of packed panels; of it, m rows and n columns are wanted.
 inline void multiply_panels(const float* a, const float* b, int64_t K, float* c, int64_t stride, int64_t m, int64_t n, bool add_to) {
@@ -90,9 +80,9 @@ inline void multiply_panels(const float* a, const float* b, int64_t K, float* c,
         for (int64_t j = 0; j < n; j++) c[i * stride + j] = tile[i][j] + (add_to ? c[i * stride + j] : 0);
 }
 
-// a: Floats2, M x K. b: K x N, anything with pack(). c: rows `stride` apart. Where threads are at work already, by one thread.
+// a: Strided, M x K. b: K x N, anything with pack(). c: rows `stride` apart. Where threads are at work already, by one thread.
 template <class B>
-void gemm(Floats2 a, const B& b, float* c, int64_t stride, int64_t M, int64_t N, int64_t K, bool add_to) {
+void gemm(Strided a, const B& b, float* c, int64_t stride, int64_t M, int64_t N, int64_t K, bool add_to) {
     static thread_local Scratch<float> for_a, for_b;
     const int64_t slice = std::min(KC, K);
     float *pa = for_a.get(round_up(std::min(MB, M), MR) * slice), *pb = for_b.get(round_up(std::min(NC, N), NR) * slice);

@@ -391,6 +391,16 @@ inline vec sums_of(vec v[VEC]) {
     return s;
 }
 
+// to[i][j] = from[j][i]: VEC rows of VEC floats as columns.
+inline void turn(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    pairs v[VEC];
+    MOSS_UNROLL
+    for (int i = 0; i < VEC; i++) v[i] = load_pairs(from + i * from_stride);
+    transpose(v);
+    MOSS_UNROLL
+    for (int i = 0; i < VEC; i++) store_pairs(to + i * to_stride, v[i]);
+}
+
 // Bring what will be read once: into the L1 cache, past the others, which keep what is read again.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 0); }
 

@@ -30,7 +30,7 @@ _CONCURRENT_MANAGED_ACCESS = 89  # enum cudaDeviceAttr
 
 
 class OutOfDeviceMemory(MossError):
-    """The device has no room for what was asked; nothing was allocated."""
+    """The device has no room for what was asked; nothing was allocated. Says so as the runtime does: out of memory."""
 
 
 class Memory:
@@ -140,7 +140,10 @@ def pinned(nbytes: int) -> np.ndarray:
     """Host memory that never leaves RAM, uint8 (nbytes,): copies from it run at the link's speed and beside everything else,
     and kernels can read it at the same address."""
     pointer = c_void_p()
-    _call("cudaHostAlloc", byref(pointer), c_size_t(max(1, nbytes)), c_uint(_MAPPED))
+    try:
+        _call("cudaHostAlloc", byref(pointer), c_size_t(max(1, nbytes)), c_uint(_MAPPED))
+    except OutOfDeviceMemory:  # of which there is enough: it is the host's that cannot be had
+        raise MossError(f"{nbytes / 1e9:.2f} GB of RAM cannot be pinned for the GPU: give less with --ram") from None
     buffer = (ctypes.c_uint8 * nbytes).from_address(pointer.value)
     weakref.finalize(buffer, _quietly, "cudaFreeHost", pointer)  # an array over it, or a view of one, keeps it
     return np.frombuffer(buffer, np.uint8) if nbytes else np.empty(0, np.uint8)

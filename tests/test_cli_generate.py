@@ -10,6 +10,7 @@ import time
 import pytest
 
 import moss_jt
+from moss_jt import demo
 from moss_jt.cli import generate as cli
 from moss_jt.cli.chat_options import SETTINGS
 from moss_jt.errors import MossError
@@ -42,6 +43,15 @@ def prompt(moss):
 def test_a_question_is_one_turn(moss):
     assert run("你好").stdout == "You said: 你好\n"
     assert prompt(moss).startswith("You are an AI assistant") and prompt(moss).endswith("\n<|Human|>: 你好<eoh>\n<|MOSS|>:")
+
+
+def test_without_a_model_it_is_the_demo_model_and_says_so(moss, monkeypatch):
+    folders = []
+    monkeypatch.setattr(moss_jt, "load", lambda folder, **_: folders.append(folder) or moss, raising=False)
+    result = runner().invoke(cli.command, ["hello"])
+    assert result.stdout == "You said: hello\n" and folders == [str(demo.FOLDER)]
+    assert result.stderr == demo.NOTE + "\n" and "\n" not in demo.NOTE
+    assert demo.NOTE not in run("hello").stderr
 
 
 def test_raw_is_continued_as_it_is(moss):
@@ -96,12 +106,10 @@ def test_settings_reach_the_model(moss):
 def test_what_the_model_is_loaded_with(moss):
     run("hi")
     run("hi", "--context", "99", "--ram", "6GiB", "--device", "cpu", "--kv-cache", "int8", "--vram", "4GiB", "--swap", "host")
+    rest = {"planned": None, "adapter": None}
     assert moss.loads == [
-        {"device": "auto", "context": 2048, "ram": None, "kv_cache": "fp16", "vram": None, "swap": "auto", "planned": None},
-        {
-            **{"device": "cpu", "context": 99, "ram": 6 << 30, "kv_cache": "int8", "vram": 4 << 30, "swap": "host"},
-            "planned": None,
-        },
+        {"device": "auto", "context": 2048, "ram": None, "kv_cache": "fp16", "vram": None, "swap": "auto", **rest},
+        {"device": "cpu", "context": 99, "ram": 6 << 30, "kv_cache": "int8", "vram": 4 << 30, "swap": "host", **rest},
     ]
     defaults = inspect.signature(moss_jt.moss.load).parameters
     assert all(defaults[name].default == value for name, value in moss.loads[0].items())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from moss_jt.swap import smallest
+from moss_jt.swap import make_plan, smallest
 
 from .swap import models
 
@@ -267,10 +267,13 @@ def test_blocks_that_the_cpu_computes(weights, swap):
     """For a token one state goes to the device, and nothing else; kernels are launched for the other blocks only."""
     if b"cudaMemcpy2DAsync" not in (STUB / "lib64/libcudart.so").read_bytes():
         pytest.skip("the stub has no cudaMemcpy2DAsync")
-    least = smallest(weights.config, weights.coding, 64, "int8", True, swap)
-    answer, log = run_model(weights, least + 6_000_000, swap=swap)
+    how = ("int8", True, swap)
+    least = smallest(weights.config, weights.coding, 64, *how)
+    plans = (make_plan(weights.config, weights.coding, 64, least + i * 400_000, *how) for i in range(50))
+    plan = next(plan for plan in plans if 1 < len(plan.host_blocks) < 4 and not plan.head_ranges())
+    answer, log = run_model(weights, plan.budget, swap=swap)
     blocks, n = len(answer["host"]), weights.config.n_layer
-    assert 0 < blocks < n and answer["peak"] <= answer["planned"] <= least + 6_000_000 and answer["ranges"] == []
+    assert blocks == len(plan.host_blocks) and answer["peak"] <= answer["planned"] == plan.peak
     assert answer["host"] == list(range(blocks)) and answer["streamed"] == (answer["host"] if swap == "auto" else [])
     assert answer["streams"] is False and answer["disk"] == 0 and answer["one"] == ["Likeliest", [1]]
     state = 4 * weights.config.n_embd
@@ -288,3 +291,18 @@ def test_blocks_that_the_cpu_computes(weights, swap):
     assert crossed(log["prompt"], 1) == [] and sum(crossed(log["prompt"], 2)) == 20 * row * blocks
     weights_of = [size for size in copied(log["prompt"], 1) if size > 1_000_000]
     assert blocks - 2 <= len(weights_of) <= blocks + 2 and max(weights_of) <= answer["slot"]
+
+
+def test_unified_memory(weights):
+    """Pages of each streamed part are moved to the device ahead of its use, and those of another back."""
+    if b"cudaMemPrefetchAsync" not in (STUB / "lib64/libcudart.so").read_bytes():
+        pytest.skip("the stub has no cudaMemPrefetchAsync")
+    least = smallest(weights.config, weights.coding, 64, "int8", True, "unified")
+    answer, log = run_model(weights, least + 2_000_000, swap="unified")
+    parts = [*answer["streamed"], *map(tuple, answer["ranges"])]
+    assert answer["streams"] and parts and log["load"].count("managed") == len(parts)
+    assert log["load"].count("advise") == 2 * len(parts)
+    both = log["token"] + log["token again"]
+    moved = re.findall(r"prefetch (\d+) location (\d) 0 stream (\w+)", both)
+    assert [where for _, where, _ in moved] == ["2", "1"] * (2 * len(parts)) and len({stream for _, _, stream in moved}) == 1
+    assert max(copied(both, 1)) < 100_000 and "managed" not in both

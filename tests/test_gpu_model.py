@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import moss_jt
+from moss_jt.config import SWAPS
 from moss_jt.devices import Host, open_device
 from moss_jt.model import Model, Request
 from moss_jt.sampling import Sampling, likeliest, penalised
+from moss_jt.swap import Plan, make_plan, smallest
 from moss_jt.weights import open_weights
 
 from .swap import models
@@ -54,6 +57,29 @@ def test_as_on_the_cpu(tmp_path, coding, kv_cache, sizes):
         )
         for a, b in zip(ours, exact):
             assert error(a, np.stack(b)) < 3e-3
+
+
+@pytest.mark.parametrize("kv_cache", ["fp16", "int8"])
+@pytest.mark.parametrize("swap", SWAPS)
+@pytest.mark.parametrize("share", [0, 0.4])
+def test_blocks_that_do_not_fit(tmp_path, monkeypatch, swap, kv_cache, share):
+    """Within the least there may be, and with some blocks resident; auto with tokens for both of its ways."""
+    settled = Plan.settled
+    monkeypatch.setattr(Plan, "settled", lambda plan, speeds: replace(settled(plan, speeds), streams_from=8))
+    weights = models.write(tmp_path / "model", "int4", "int8", n_embd=256, n_head=4, n_layer=8)
+    how = (weights.config, weights.coding, CONTEXT)
+    least = smallest(*how, kv_cache, True, swap)
+    most = make_plan(*how, 1 << 40, kv_cache, True, swap).peak
+    budget = least + int(share * (most - least))
+    gpu = open_device(weights, CONTEXT, kv_cache=kv_cache, device="cuda", vram=budget, swap=swap)
+    gpu = Model(weights, CONTEXT, kv_cache=kv_cache, device=gpu)
+    cpu = Model(weights, CONTEXT, kv_cache=kv_cache, device=Host(weights, CONTEXT, kv_cache=kv_cache))
+    assert len(set(gpu.device.plan.blocks)) > (share > 0)
+    ids = np.random.default_rng().integers(0, 2100, 200)
+    for end in (30, 31, 32, 60, 61, 65, 200):
+        ours, exact = gpu.logits(ids[:end])[0], cpu.logits(ids[:end])[0]
+        assert error(ours, exact) < 3e-3 and ours.argmax() == exact.argmax()
+    assert gpu.device.peak <= gpu.device.plan.peak
 
 
 def test_the_likeliest_are_those_of_all_logits(tmp_path):
@@ -100,3 +126,18 @@ def test_golden_dialogues(official_checkpoint, golden, tmp_path, name, kv_cache)
                 exact = stored[f"logits{k}"]
                 known = exact > -5000
                 assert error(m.logits(stored[f"ids{k}"].tolist(), 4)[known], exact[known]) < 3e-3
+
+
+@pytest.mark.parametrize("swap", ["auto", "stream", "host"])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_golden_dialogues_within_budgets(official_checkpoint, golden, tmp_path, swap, share):
+    """In every mode and budget the same ids."""
+    folder = moss_jt.convert.weights(official_checkpoint("moss-tiny-sft"), tmp_path / "model")
+    weights = open_weights(folder)
+    model, how = (weights.config, weights.coding, 600), ("fp16", True, swap, 1 << 40)
+    least, most = smallest(*model, *how), make_plan(*model, 1 << 60, *how).peak
+    m = moss_jt.load(folder, device="cuda", context=600, vram=least + int(share * (most - least)), swap=swap)
+    records = [r for name in ("dialogues.json", "turns.json") for r in json.loads((golden / name).read_text())]
+    for record in records:
+        answer = m.generate(record["prompt_ids"], greedy=True, max_new_tokens=len(record["greedy_ids"]))
+        assert [piece.id for piece in answer] == record["greedy_ids"]

@@ -119,15 +119,15 @@ SETTING_UP = ["-m venv --clear ROOT/.venv", "-m pip install -q pip>=21.3", "-m p
 # ---- usage ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", [[], ["chatt"], ["chat"], ["chat", "--greedy"], ["chat", ""]])
+@pytest.mark.parametrize("args", [[], ["chatt"], ["chat", ""]])
 def test_wrong_usage(bench, args):
     said, calls = bench.run(*args, code=2)
-    assert "usage: ./run chat MODEL" in said and not calls and not bench.stdout
+    assert "usage: ./run chat [MODEL]" in said and not calls and not bench.stdout
     assert not (bench.root / ".venv").exists()
 
 
 def test_help(bench):
-    assert bench.run("--help") == ("", []) and bench.stdout.startswith("usage: ./run chat MODEL")
+    assert bench.run("--help") == ("", []) and bench.stdout.startswith("usage: ./run chat [MODEL]")
 
 
 # ---- setting up -------------------------------------------------------------------------------------------------------------
@@ -154,6 +154,12 @@ def test_sets_up_again_where_it_was_moved_or_python_has_changed(bench, converted
     assert bench.run("chat", converted)[1][:-1] == SETTING_UP[1:]
     assert len(bench.run("chat", converted)[1]) == 1
     assert bench.run("chat", converted, VERSION="3.12.0", FAIL="no pip")[1][:-1] == SETTING_UP
+
+
+def test_without_a_model_the_demo_model_answers(bench):
+    _, calls = bench.run("chat")
+    assert calls == [*SETTING_UP, "ROOT/cli.py chat"]
+    assert bench.run("chat", "--greedy", "--seed", "1") == ("", ["ROOT/cli.py chat --greedy --seed 1"])
 
 
 def test_what_failed_is_tried_again(bench, converted):

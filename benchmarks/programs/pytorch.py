@@ -1,5 +1,6 @@
 """PyTorch: transformers' CodeGen, which computes the same as MOSS, in fp16 on random weights in the shape that is asked for, on
-the CPU or, with ``"device": "cuda"``, on a GPU; there also PyTorch's own copy and product."""
+the CPU or, with ``"device": "cuda"``, on a GPU; there also PyTorch's own copy and product. With a ``budget`` of its memory
+accelerate keeps the rest in RAM."""
 
 from __future__ import annotations
 
@@ -24,6 +25,15 @@ def build(config: dict, device: str) -> CodeGenForCausalLM:
     for block in model.transformer.h:
         block.attn.embed_positions = create_sinusoidal_positions(config["n_ctx"], config["rotary_dim"]).half().to(device)
     return model
+
+
+def within(model: CodeGenForCausalLM, budget: int) -> CodeGenForCausalLM:
+    """As accelerate places it: so many bytes on the GPU, the rest in RAM, brought there when it is used."""
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    memory = {0: budget, "cpu": 1 << 40}
+    places = infer_auto_device_map(model, memory, no_split_module_classes=["CodeGenBlock"])
+    return dispatch_model(model, places)
 
 
 class Program:
@@ -81,7 +91,7 @@ def main() -> None:
     torch.set_num_threads(ask["threads"])
     torch.manual_seed(0)
     device = ask.get("device", "cpu")
-    model = build(ask["config"], device)
+    model = within(build(ask["config"], "cpu"), ask["budget"]) if "budget" in ask else build(ask["config"], device)
     program = Program(model, ask["used"])
     serve(
         {

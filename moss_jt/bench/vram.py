@@ -28,7 +28,7 @@ from .decode import Sweeps
 from .pairs import rate
 
 BUDGETS = (None, *(size * GIB for size in (4, 6, 8, 12, 16, 24)))
-SWAPS = {"cuda": ("stream",), "cpu": ("stream",)}
+SWAPS = {"cuda": ("auto", "stream"), "cpu": ("stream",)}  # that are measured unless others are named
 LENGTHS = ("short", "full")
 _SHORT = 64  # tokens of a short turn
 
@@ -124,6 +124,7 @@ def figures(weights: Weights, case: Case, seconds: float) -> dict:
         "link_GB_s": speeds.disk / 1e9,
         "share": plan.disk_bytes * tokens_s / speeds.disk if streams else None,
         "memory_GB_s": speeds.memory / 1e9,
+        "host_GB_s": speeds.host.memory / 1e9 if speeds.host else None,
     }
 
 
@@ -147,7 +148,9 @@ def _plan(weights: Weights, case: Case, budget: int) -> Plan:
 
 def _within(case: Case, budget: int) -> dict:
     """The budget, and the swap, as open_device takes them."""
-    return {"vram" if case.device == "cuda" else "ram": budget}
+    if case.device == "cpu":
+        return {"ram": budget}
+    return {"vram": budget, "swap": case.swap or "stream"}
 
 
 def _link(weights: Weights, gpu: bool) -> float:
@@ -157,6 +160,7 @@ def _link(weights: Weights, gpu: bool) -> float:
 
 def _speeds(link: float, gpu: bool) -> Speeds:
     """Measured now, for what the plan expects of them."""
+    ram = limits.memory_read(machine.cores().usable).measure()
     if gpu:
-        return Speeds(device_limits.copy().measure(), link, inf)
-    return Speeds(limits.memory_read(machine.cores().usable).measure(), link, arithmetic())
+        return Speeds(device_limits.copy().measure(), link, inf, Speeds(ram, inf, arithmetic()))
+    return Speeds(ram, link, arithmetic())

@@ -35,8 +35,6 @@ _SPEEDS = ("tokens/s", "planned", "of the\nlink")
 def draw_budgets(rows: list[dict]) -> None:
     """A row for each case of ``bench vram``, and below the table why some have no figures."""
     console, gpu = Console(), rows[0]["device"] == "cuda"
-    first = rows[0]["machine"]
-    console.print(f"{rows[0]['model']}, {first['cpu']}, load average {first['load_average']:.1f}", markup=False, style="dim")
     memory = ["VRAM", "RAM"] if gpu else ["RAM"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("", "budget\nGiB", "swap", "tokens\nin use", *[f"peak {m}\nGiB" for m in memory], *_SPEEDS):

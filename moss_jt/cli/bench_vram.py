@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..config import SWAPS
 from ..errors import MossError
 from . import ui
 from .size import CONTEXT, KV_CACHE, SIZE
@@ -44,7 +45,7 @@ class _Budget(click.ParamType):
 @click.option(
     "--budget", "budgets", multiple=True, type=_Budget(), metavar="SIZE", help="Or resident.  [default: resident, 4 … 24GiB]"
 )
-@click.option("--swap", "swaps", multiple=True, type=click.Choice(["stream"]), help="How the rest is brought.  [default: all]")
+@click.option("--swap", "swaps", multiple=True, type=click.Choice(SWAPS), help="For the rest.  [default: auto, stream]")
 @click.option(
     "--length", "lengths", multiple=True, type=click.Choice(["short", "full"]), help="Of what is in the cache.  [default: both]"
 )
@@ -212,4 +213,6 @@ def _show(rows: list[dict], device: str, as_json: bool) -> None:
     elif rows and sys.stdout is not None:
         from .bench_table import draw_budgets
 
+        on = rows[0]["machine"]
+        ui.note(f"{rows[0]['model']}, {on['cpu']}, load average {on['load_average']:.1f}")
         draw_budgets(rows)

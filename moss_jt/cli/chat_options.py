@@ -10,6 +10,7 @@ from typing import Any, Callable
 
 import click
 
+from .. import demo
 from ..chat import MAX_NEW_TOKENS
 from ..errors import MossError
 from ..plugins import Plugin, built_in
@@ -70,7 +71,13 @@ PLUGINS = _Plugins()
 def shared_options(command: Callable) -> Callable:
     """Add the options that say which model, where, and how to choose tokens."""
     options = [
-        click.option("-m", "--model", required=True, metavar="DIR", help="Folder of a converted checkpoint."),
+        click.option(
+            "-m",
+            "--model",
+            metavar="DIR",
+            callback=_or_demo,
+            help="Folder of a converted checkpoint.  [default: the small demo model]",
+        ),
         click.option("--adapter", metavar="DIR", help="Folder of a LoRA adapter that was trained for the model."),
         click.option("--system", type=TEXT, metavar="TEXT|@FILE", help="In place of MOSS's meta instruction."),
         click.option("--plugins", metavar="NAMES", type=PLUGINS, help="What MOSS may call, such as calculator,solver."),
@@ -79,6 +86,12 @@ def shared_options(command: Callable) -> Callable:
         machine_options,
     ]
     return _with(options, command)
+
+
+def _or_demo(ctx: click.Context, param: click.Parameter, folder: str | None) -> str:
+    if folder is None:
+        ui.note(demo.NOTE)
+    return folder or str(demo.FOLDER)
 
 
 def machine_options(command: Callable) -> Callable:

@@ -17,14 +17,11 @@ from ..swap.plan import in_mib, too_small
 from ..swap.speeds import of_gpu
 from ..weights import Weights
 from . import check
-from .gpu import Cuda
+from .gpu import SPARED, Cuda
 from .host import Host
 from .sweep import Sweep
 
 __all__ = ["Cuda", "Host", "Sweep", "open_device", "wants_gpu"]
-
-
-_SPARED = 256 << 20  # of the device's memory, left to others where no budget is given
 
 
 def open_device(
@@ -82,7 +79,7 @@ def _gpu(
     planned: Callable[[Plan], object] | None,
 ) -> Cuda:
     model, free = (weights.config, weights.coding, context), memory_info()[0]
-    budget = parse_size(vram) if vram is not None else max(0, free - _SPARED)
+    budget = parse_size(vram) if vram is not None else max(0, free - SPARED)
     if budget > free:
         raise OutOfDeviceMemory(f"a budget of {in_mib(budget)} of its memory is more than the {in_mib(free)} that are free")
     pinned = parse_size(ram) if ram is not None else spare_memory()

@@ -4,12 +4,16 @@ embedding go there, the likeliest tokens come back."""
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from itertools import groupby
+from typing import TypeVar
 
 import numpy as np
 
 from .. import cudart, ops
 from ..cache import Cache, parts_of
+from ..cudart import OutOfDeviceMemory
 from ..errors import MossError
 from ..ops.sweep import MOST_LIKELIEST, MOST_ROWS, Space, Sweeps, penalties, source
 from ..runtime import compiling, float_environment_kept, jittor
@@ -17,40 +21,94 @@ from ..sampling import Likeliest
 from ..swap import CHUNK, Plan
 from ..swap.host import Rows
 from ..swap.on_device import OnDevice
+from ..swap.plan import RESIDENT, in_mib, less
 from ..weights import Weights
 from ..weights.layout import WTE_FILE
 from .host_blocks import HostBlocks, HostCache
 from .sweep import Row, Sweep
 
+SPARED = 256 << 20  # of the device's memory, left to others where no budget is given, and where it was full
+T = TypeVar("T")
+
 
 class Cuda:
-    """The GPU that Jittor uses. Not for use by several threads at once."""
+    """The GPU that Jittor uses. Not for use by several threads at once.
+
+    Where it has less memory than planned, because somebody else took some, or a cache for many sequences needs more, fewer
+    weights stay there, and one line on stderr says so.
+    """
 
     def __init__(self, weights: Weights, plan: Plan, pinned: int):
         """``plan``: of the GPU's memory. ``pinned``: the most host memory for what is not on the device; weights beyond come
-        from disk. Raises OutOfDeviceMemory where there is less than the plan says, MossError for what these kernels cannot
+        from disk. Raises OutOfDeviceMemory where there is too little for any plan, MossError for what these kernels cannot
         compute."""
         config = self._config = weights.config
         self.plan, self._context, self._kv_cache = plan, plan.context, plan.kv_cache
+        self._files, self._pinned = weights, pinned
         if config.head_size > (1024 if config.head_size % 8 == 0 else 128):  # as attention.cuh has it
             raise MossError(f"heads of {config.head_size} numbers are too large for the GPU's kernels")
         self._free = self._least_free = cudart.memory_info()[0]
         angles = ops.rotary_angles(plan.context, config.rotary_dim)
         self._angles = cudart.Memory(angles.nbytes)
         cudart.to_device(self._angles.pointer, angles)
-        bits, part = (8 if plan.kv_cache == "int8" else 16), max(plan.part_rows, plan.head_rows)
-        self._sweeps = Sweeps(config, weights.coding, plan.context, self._angles.pointer, bits, part)
         self._rows = Rows(weights.regions[WTE_FILE])
-        self.weights = OnDevice(weights, plan, pinned)
-        self._host = HostBlocks(weights, plan, self.weights) if plan.host_blocks else None
         self._first = len(plan.host_blocks)  # the blocks from there on are the device's in every sweep
+        self.weights: OnDevice | None = None  # None: there was no room for them
+        self._loads = 0
+        self._with_room(lambda: None, plan.memory["KV cache"] + plan.memory["work space"])
         self._embedded = cudart.pinned(2 * config.n_embd * CHUNK).view(np.float16).reshape(CHUNK, -1)
         self._seen = cudart.Memory(4 * MOST_ROWS * plan.context)
+
+    def _bring(self) -> None:
+        """The weights to where the plan says. Raises OutOfDeviceMemory."""
+        plan, weights = self.plan, self._files
+        bits, part = (8 if plan.kv_cache == "int8" else 16), max(plan.part_rows, plan.head_rows)
+        self._sweeps = Sweeps(self._config, weights.coding, plan.context, self._angles.pointer, bits, part)
+        self.weights = OnDevice(weights, plan, self._pinned)
+        self._host = HostBlocks(weights, plan, self.weights) if plan.host_blocks else None
+        self._loads += 1
+
+    def _with_room(self, work: Callable[[], T], more: int = 0) -> T:
+        """What ``work`` gives, once the weights are there: with fewer of them where they and the work do not fit. ``more``:
+        what the work takes of the device's memory."""
+        before = self.plan
+        while True:
+            try:
+                if self.weights is None:
+                    self._bring()
+                done = work()
+                if self.plan is not before:
+                    _say_fewer(self.plan, before)
+                return done
+            except (OutOfDeviceMemory, RuntimeError) as e:  # or what the CUDA runtime told an op
+                if "out of memory" not in str(e):
+                    raise
+            self._shrink(more)  # out here nothing that failed keeps weights any longer
+
+    def _shrink(self, more: int) -> None:
+        """Give all weights up, and plan for fewer. Raises OutOfDeviceMemory where nothing is left to give up."""
+        before, held = self.plan, self.plan.lent_bytes
+        self._give_up()
+        free = cudart.memory_info()[0]
+        room = min(free - more - SPARED, held - 1)
+        smaller = less(before, min(room, held * 7 // 8)) or less(before, room)
+        if not smaller:
+            raise OutOfDeviceMemory(
+                f"out of memory: {in_mib(free)} of the GPU's memory are free, too little to go on; end what else uses it, or "
+                "take a shorter context, fewer sequences at once or a KV cache in int8"
+            )
+        self.plan = smaller
+
+    def _give_up(self) -> None:
+        if self.weights is not None and self.weights.streams:
+            self.weights.close()
+        self.weights = self._host = None
+        jittor().gc()  # what its pools keep
 
     @property
     def streams(self) -> bool:
         """Whether a token's sweep waits for weights, so that more tokens in it cost next to nothing."""
-        return self.weights.streams and not self.plan.computes_on_host(1)
+        return self.plan.streams and not self.plan.computes_on_host(1)
 
     @property
     def peak(self) -> int:
@@ -59,7 +117,12 @@ class Cuda:
         return self._free - self._least_free
 
     def cache(self, places: int) -> DeviceCache:
-        """Room on the device, and the work space for sweeps over it. Raises OutOfDeviceMemory."""
+        """Room on the device, and the work space for sweeps over it. Raises OutOfDeviceMemory where giving weights up makes
+        no room for it."""
+        each = self._config.cache_bytes_per_token(self._kv_cache) * self._context
+        return self._with_room(lambda: self._cache(places), places * each + self.plan.memory["work space"])
+
+    def _cache(self, places: int) -> DeviceCache:
         first, n = self._first, self._config.n_layer - self._first
         shapes = parts_of(self._config, self._context, places, self._kv_cache)
         sizes = [math.prod((n, *shape[1:])) * np.dtype(dtype).itemsize for shape, dtype in shapes]
@@ -69,14 +132,19 @@ class Cuda:
             for i in range(n)
         }
         memory.append(cudart.Memory(self._space_bytes(places)))
-        neighbours = groupby(layers, lambda i: self.weights.is_resident(i) or -i - 1)
-        runs = [self._run(list(run), layers) for _, run in neighbours]
         host = self._host and self._host.cache(places)
-        return DeviceCache(self._context, places, layers, memory, Space(memory[-1].pointer, CHUNK), runs, host)
+        return DeviceCache(self._context, places, layers, memory, Space(memory[-1].pointer, CHUNK), host)
 
     def _space_bytes(self, places: int) -> int:
         with float_environment_kept(), compiling(source()), jittor().flag_scope(use_cuda=1):
             return self._sweeps.space_bytes(CHUNK, places)
+
+    def _runs(self, cache: DeviceCache) -> list[tuple[list[int], np.ndarray | None]]:
+        """Which blocks an op computes together, and where those are: of the weights that are there now."""
+        if cache.of != self._loads:
+            neighbours = groupby(cache.layers, lambda i: self.weights.is_resident(i) or -i - 1)
+            cache.runs, cache.of = [self._run(list(run), cache.layers) for _, run in neighbours], self._loads
+        return cache.runs
 
     def _run(self, blocks: list[int], layers: dict) -> tuple[list[int], np.ndarray | None]:
         """Blocks that an op computes together: one that is streamed, or neighbours that are resident, with their table."""
@@ -89,7 +157,10 @@ class Cuda:
         return blocks, self._sweeps.table(tensors, [layers[i] for i in blocks])
 
     def sweep(self, cache: DeviceCache, sweep: Sweep) -> list[np.ndarray | Likeliest]:
-        """For each of the rows, float32 (V,), or the likeliest where those are enough."""
+        """For each of the rows, float32 (V,), or the likeliest where those are enough. Raises OutOfDeviceMemory."""
+        return self._with_room(lambda: self._sweep(cache, sweep))
+
+    def _sweep(self, cache: DeviceCache, sweep: Sweep) -> list[np.ndarray | Likeliest]:
         embedded, on_host = self._embedded[: len(sweep.ids)], self.plan.computes_on_host(len(sweep.ids))
         self._rows.read_into(embedded, sweep.ids)
         self.weights.expect(bool(sweep.rows), on_host)
@@ -122,7 +193,7 @@ class Cuda:
             for i in range(self._first):
                 with cache.host.lend(i) as layer:
                     state, embedded = streamed(i, layer), None
-        for blocks, table in cache.runs:
+        for blocks, table in self._runs(cache):
             if table is not None:
                 state = self._sweeps.blocks(table, *of, embedded, cache.space, state)
             else:
@@ -149,11 +220,17 @@ class Cuda:
         return list(map(Likeliest, ids, logits))
 
 
+def _say_fewer(now: Plan, before: Plan) -> None:
+    counts = [plan.blocks.count(RESIDENT) for plan in (now, before)]
+    print(f"moss-jt: the GPU's memory is short: {counts[0]} blocks stay there from now on, not {counts[1]}", file=sys.stderr)
+
+
 class DeviceCache(Cache):
     """Keys and values on the device: ``layers``, for each block the addresses of its parts; or in host memory, of the first
     blocks, ``host``. ``space``: what sweeps over it work in. ``runs``: which blocks an op computes together, and their table,
-    where they are resident."""
+    where they are resident, as the weights were brought the ``of``-th time."""
 
-    def __init__(self, context: int, places: int, layers: dict, memory: list, space: Space, runs: list, host: HostCache | None):
+    def __init__(self, context: int, places: int, layers: dict, memory: list, space: Space, host: HostCache | None):
         super().__init__(context, places, layers, memory)
-        self.space, self.runs, self.host = space, runs, host
+        self.space, self.host = space, host
+        self.runs, self.of = [], 0

@@ -65,9 +65,9 @@ class HostCache:
             self._turns = [_Turn([part[0].nbytes for part in self._parts]) for _ in range(SLOTS)]
 
     def begin(self, table: np.ndarray) -> None:
-        """A sweep begins, with these sequences, that streams the blocks. What an interrupted one still computes does no harm:
-        it writes rows behind those that are brought."""
+        """A sweep begins, with these sequences, that streams the blocks. What an interrupted one still computes comes first."""
         self._table = table.tolist()
+        self._wait_for_kernels(self._turns[0])
         self._bring(0)
 
     @contextmanager
@@ -79,8 +79,7 @@ class HostCache:
             self._bring(i + 1)
         turn.there.wait_on_default()
         yield turn.addresses
-        turn.used.record()
-        self._stream.wait(turn.used)
+        self._wait_for_kernels(turn)
         for place, start, _, count in self._table:
             for rows, address, pitch in self._rows(i, place, start, start + count):
                 cudart.rows_to_host(rows, address, pitch, self._stream)
@@ -88,6 +87,10 @@ class HostCache:
     def finish(self) -> None:
         """Wait until all is in host memory."""
         self._stream.synchronize()
+
+    def _wait_for_kernels(self, turn: _Turn) -> None:
+        turn.used.record()
+        self._stream.wait(turn.used)
 
     def _bring(self, i: int) -> None:
         """Only rows of tokens that were there before the sweep."""

@@ -116,6 +116,12 @@ class Plan:
         return (len(self.blocks) - self.blocks.count(RESIDENT)) * s.block + s.head - s.head_rows(self.head_rows)
 
     @property
+    def lent_bytes(self) -> int:
+        """What weights take of the GPU's memory, those that are there and slots, so far as a smaller plan may take less."""
+        s = Sizes(self.config, self.coding, self.context, self.kv_cache, self.gpu)
+        return self.blocks.count(RESIDENT) * s.block + s.head_rows(self.head_rows) + self.slots * self.slot
+
+    @property
     def host_memory(self) -> int:
         """RAM for blocks that the CPU computes: weights, keys and values, and work space."""
         s, count = Sizes(self.config, self.coding, self.context, self.kv_cache, self.gpu), len(self.host_blocks)
@@ -138,12 +144,13 @@ class Plan:
         numbers = (3 * c.n_embd + c.n_inner) * c.n_embd + c.n_embd * (c.n_embd + c.n_inner)
         cache = c.cache_bytes_per_token(self.kv_cache) // c.n_layer * self.context // 2  # half full
         size = sum(t.nbytes for t in block)
-        brought = {RESIDENT: 0, STREAMED: size, HOST: 0, EITHER: 0 if on_host else size + cache}
+        ways = 2 if self.swap == "unified" else 1  # pages go back, too
+        brought = {RESIDENT: 0, STREAMED: ways * size, HOST: 0, EITHER: 0 if on_host else size + cache}
         found = [Step(size + cache, brought[where], numbers, on_host and where in (HOST, EITHER)) for where in self.blocks]
         for first, end in [(0, self.head_rows), *self.head_ranges()]:
             part = parts.rows(head, matrix, first, end)
             read = sum(span.nbytes for span in part.spans) if first < end else 0
-            found.append(Step(read + kept, read * (first >= self.head_rows), 0))
+            found.append(Step(read + kept, ways * read * (first >= self.head_rows), 0))
             kept = 0
         return found
 
@@ -243,6 +250,23 @@ def make_plan(
             "used: swap auto and stream bring from disk what does not fit there"
         )
     return plan
+
+
+def less(plan: Plan, room: int) -> Plan | None:
+    """The plan with weights and slots in at most ``room`` bytes of a GPU's memory, and more of them streamed. Keys and values
+    stay where they are: what the CPU computes, it goes on to. None where so little does not do."""
+    host = plan.blocks[: len(plan.host_blocks)]
+    n = len(plan.blocks) - len(host)
+    if not n:
+        return None
+    sizes = Sizes(replace(plan.config, n_layer=n), plan.coding, plan.context, plan.kv_cache, plan.gpu)
+    placements = _placements(sizes, room + n * sizes.block_cache)
+    fitting = [placed for placed in placements if placed.fits and (EITHER not in host or placed.slot >= sizes.block)]
+    if not fitting:
+        return None
+    best = min(fitting, key=lambda placed: placed.brought)
+    blocks = host + _spread(n - best.blocks, n, (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block)
+    return replace(plan, blocks=blocks, head_rows=best.head_rows, part_rows=best.part_rows, slot=best.slot)
 
 
 def smallest(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -70,21 +70,12 @@ def prepare() -> None:
         sum_of_squares(np.zeros(1, np.float32))
 
 
-class Shape(NamedTuple):
-    """Of a batch: B sequences of T tokens, of a model."""
-
-    config: Config
-    B: int
-    T: int
-    official: bool  # whether q, k and v lie as in the official qkv_proj, or in our order
-
-
 class Sizes:
-    """A batch's sizes as the kernels take them."""
+    """Of a batch, B sequences of T tokens, as the kernels take them. ``official``: whether q, k and v lie as in qkv_proj."""
 
-    def __init__(self, shape: Shape):
-        c, self._angles = shape.config, rotary_angles(shape.T, shape.config.rotary_dim)
-        sizes = (shape.B, shape.T, c.n_embd, c.n_inner, c.n_head, c.rotary_dim, shape.official)
+    def __init__(self, config: Config, B: int, T: int, official: bool):
+        c, self._angles = config, rotary_angles(T, config.rotary_dim)
+        sizes = (B, T, c.n_embd, c.n_inner, c.n_head, c.rotary_dim, official)
         self.table = np.array([(*sizes, c.layer_norm_epsilon, address(self._angles))], _SIZES)
 
 

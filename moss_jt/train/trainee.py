@@ -99,7 +99,7 @@ class Trainee:
         if not len(counted.targets):
             return Measured(0.0, 0, 0)
         weights, ids = self.weights, counted.ids.reshape(-1)
-        sizes = ops.Sizes(ops.Shape(self.config, *counted.ids.shape, weights.official))
+        sizes = ops.Sizes(self.config, *counted.ids.shape, weights.official)
         weights.begin(scale is not None, None if scale is None else self.dropout_state)
         with self._jt.flag_scope(lazy_execution=0, no_grad=1):
             x, done = self._jt.array(weights.embed(ids)), []

@@ -24,7 +24,7 @@ CODING = Coding("int4", "int8")
 FIGURES = {
     "used": 64, "blocks": {"streamed": 3}, "planned_peak_bytes": 4 * GIB, "peak_vram_bytes": 3 * GIB, "peak_ram_bytes": GIB,
     "prompt_tokens_s": 50.0, "tokens_s": 2.5, "predicted_tokens_s": 2.0, "bytes_per_token": 10**10, "GB_s": 25.0,
-    "link": "a link", "link_GB_s": 50.0, "share": 0.5, "memory_GB_s": 1e3,
+    "link": "a link", "link_GB_s": 50.0, "share": 0.5, "memory_GB_s": 1e3, "host_GB_s": 50.0,
 }  # fmt: skip
 
 
@@ -85,6 +85,7 @@ def test_options_narrow_it(run, measured, tmp_path):
 def test_an_interruption_loses_nothing(run, measured, tmp_path, monkeypatch):
     out_file, measure = tmp_path / "results.jsonl", vram.measure
     asked = ("--layers", 1, "--dtype", "int4", "--dir", tmp_path / "weights", "--out", out_file, "--length", "short")
+    asked += ("--swap", "stream")
 
     def stopped(*given):
         if len(measured) == 2:
@@ -108,7 +109,7 @@ def test_an_interruption_loses_nothing(run, measured, tmp_path, monkeypatch):
 
 def test_no_room_for_the_weights(run, measured, tmp_path, monkeypatch):
     monkeypatch.setattr("moss_jt.bench.random_model.disk_free", lambda parent: 1000)
-    code, out, _ = run("--layers", 1, "--dtype", "int4", "--length", "short", "--dir", tmp_path / "weights")
+    code, out, _ = run("--layers", 1, "--dtype", "int4", "--swap", "stream", "--length", "short", "--dir", tmp_path / "weights")
     assert code == 0 and not measured and out.count("not measured: ") == 7 and "free there: take fewer" in out
 
 

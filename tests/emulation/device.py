@@ -29,7 +29,7 @@ def install(monkeypatch, kernels, seed: int, chunk: int = 16) -> Simulated:
         monkeypatch.setattr(f"{name}.CHUNK", chunk)
     monkeypatch.setattr(gpu, "Sweeps", lambda *given: Sweeps(cuda, kernels, *given))
     monkeypatch.setattr(gpu, "compiling", lambda *sources: nullcontext())
-    monkeypatch.setattr(gpu, "jittor", lambda: SimpleNamespace(flag_scope=lambda **flags: nullcontext()))
+    monkeypatch.setattr(gpu, "jittor", lambda: SimpleNamespace(flag_scope=lambda **flags: nullcontext(), gc=lambda: None))
     return cuda
 
 
@@ -49,7 +49,7 @@ class Sweeps:
         self._scales = (c.n_head, context) if cache_bits == 8 else None
 
     def space_bytes(self, tokens: int, places: int) -> int:
-        self._places = places
+        self._cuda.places = places
         return self._kernels.bytes(tokens, MOST_ROWS, places)
 
     def table(self, blocks: list[dict], cache: list[list[int]]) -> list:
@@ -91,8 +91,8 @@ class Sweeps:
         vectors = [self._tensor(tensors, name) for name in ("ln_1.weight", "ln_1.bias", "in.bias", "out.bias")]
         matrices = [part for name in ("in.weight", "out.weight") for part in self._parts(tensors, name)]
         shape, dtype = self._cache
-        keys = [self._memory(at, (self._places, *shape), dtype) for at in layer[:2]]
-        scales = [self._memory(at, (self._places, *self._scales), np.float32) for at in layer[2:]] or [None, None]
+        keys = [self._memory(at, (self._cuda.places, *shape), dtype) for at in layer[:2]]
+        scales = [self._memory(at, (self._cuda.places, *self._scales), np.float32) for at in layer[2:]] or [None, None]
         given = embedded if embedded is None else embedded[:tokens]
         args = (given, self._angles(), *vectors, *matrices, *keys, *scales, sequences.ctypes.data, len(sequences), tokens)
         self._kernels.block(*args, self._space(space), space.tokens)
@@ -125,4 +125,4 @@ class Sweeps:
         return Memory(array, self._cuda.written[address : address + array.nbytes])
 
     def _space(self, space: Space) -> Memory:
-        return self._memory(space.address, (self._kernels.bytes(space.tokens, MOST_ROWS, self._places),), np.uint8)
+        return self._memory(space.address, (self._kernels.bytes(space.tokens, MOST_ROWS, self._cuda.places),), np.uint8)

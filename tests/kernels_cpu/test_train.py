@@ -17,7 +17,7 @@ extern "C" {
 int lanes() { return VEC; }
 void c_gemm(const float* a, i64 turned_a, i64 row_a, const float* b, i64 turned_b, i64 row_b, float* c, i64 row_c, i64 M, i64 N,
             i64 K, i64 add_to) {
-    const Floats2 right = turned_b ? transposed(b, row_b) : plain(b, row_b);
+    const Strided right = turned_b ? transposed(b, row_b) : plain(b, row_b);
     gemm(turned_a ? transposed(a, row_a) : plain(a, row_a), right, c, row_c, M, N, K, add_to);
 }
 Linear stored(i64 bits, const void* q, const f16* s, const uint8_t* z, i64 group, const int32_t* order, i64 orders, i64 N,

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import random
 import threading
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Callable
 
 import numpy as np
 
-
-class OutOfDeviceMemory(Exception):
-    pass
+from moss_jt.cudart import OutOfDeviceMemory
 
 
 @dataclass
@@ -32,7 +31,9 @@ class Simulated:
         self.memory = np.full(size, 0xEE, np.uint8)
         self.written = np.zeros(size, np.uint8)  # of each byte, whether it is what somebody wrote there
         self._pinned: list[np.ndarray] = []
-        self.taken = self.most_taken = 4096
+        self._lives: dict[int, int] = {0: 4096}  # what is allocated: where, and how much
+        self.others = 0  # bytes that somebody else has taken
+        self.refuses: Callable[[], bool] = lambda: False  # whether the next allocation fails
         self._random, self._lock = random.Random(seed), threading.RLock()
         self._slow = self._random.choice([None, 0, 1])  # a stream that hardly gets anywhere
         self._default = _Queue()
@@ -42,10 +43,8 @@ class Simulated:
 
         class Memory:
             def __init__(self, nbytes: int):
-                self.pointer, self.nbytes = outer.taken, nbytes
-                outer.taken += -(-max(1, nbytes) // 256) * 256
-                if outer.taken > size:
-                    raise OutOfDeviceMemory
+                self.pointer, self.nbytes = outer._allocate(nbytes), nbytes
+                self.free = weakref.finalize(self, outer._free, self.pointer)
 
         class Stream(_Queue):
             def __init__(self):
@@ -97,8 +96,34 @@ class Simulated:
         self.managed, self.on_device, self.most_on_device = 0, set(), 0
         self.Memory, self.Managed, self.Stream, self.Event = Memory, Managed, Stream, Event
 
+    @property
+    def taken(self) -> int:
+        return sum(self._lives.values())
+
+    def _allocate(self, nbytes: int) -> int:
+        """The first gap that is large enough."""
+        nbytes, at = -(-max(1, nbytes) // 256) * 256, 0
+        with self._lock:
+            if self.refuses() or self.taken + nbytes > len(self.memory) - self.others:
+                raise OutOfDeviceMemory("out of memory")
+            for start, size in sorted(self._lives.items()):
+                if start - at >= nbytes:
+                    break
+                at = start + size
+            if at + nbytes > len(self.memory):
+                raise OutOfDeviceMemory("out of memory")
+            self._lives[at] = nbytes
+        return at
+
+    def _free(self, pointer: int) -> None:
+        """As cudaFree: once all that was issued is over."""
+        self.synchronize()
+        with self._lock:
+            size = self._lives.pop(pointer)
+            self.memory[pointer : pointer + size], self.written[pointer : pointer + size] = 0xEE, 0
+
     def pinned(self, nbytes: int) -> np.ndarray:
-        self._pinned.append(np.full(nbytes, 0xEE, np.uint8))
+        self._pinned.append(np.full(nbytes, 0xFF, np.uint8))  # not a number, in halves and floats
         return self._pinned[-1]
 
     def to_device(self, pointer: int, source: np.ndarray, stream=None) -> None:
@@ -136,7 +161,7 @@ class Simulated:
         self._put(queue, end)
 
     def memory_info(self) -> tuple[int, int]:
-        return len(self.memory) - self.taken, len(self.memory)
+        return len(self.memory) - self.others - self.taken, len(self.memory)
 
     def launch(self, kernel: Callable[[], None]) -> None:
         """Put a kernel into the default stream."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import pytest
@@ -126,7 +127,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", [*MISTAKES, "the CPU does not wait"])
+@pytest.mark.parametrize("mistake", [*MISTAKES, "the CPU does not wait", "nothing waits for an interrupted sweep"])
 def test_a_mistake_would_be_seen(mistake):
     """The same without one of the waits: the simulated device finds it."""
     found = 0
@@ -137,10 +138,20 @@ def test_a_mistake_would_be_seen(mistake):
             event, call = MISTAKES[mistake]
             for turn in model.cache._turns:
                 setattr(getattr(turn, event), call, lambda: None)
-        else:
+        elif mistake == "the CPU does not wait":
             model.cache.finish = lambda: None
-        for counts, on_host in (([5, 2], False), ([1, 3], False), ([1, 1], True)):
-            model.sweep(counts, on_host, None)
+        sweeps = [([5, 2], False, None), ([1, 3], False, None), ([1, 1], True, None)]
+        if mistake == "nothing waits for an interrupted sweep":
+            sweeps = [([5, 2], False, None), ([1, 3], False, 2), ([1, 1], False, None)]
+            model.cache.begin = partial(begin_at_once, model.cache)
+        for counts, on_host, stop in sweeps:
+            with suppress(KeyError):
+                model.sweep(counts, on_host, stop)
         model.cache.finish = finish
         found += bool(model.check())
     assert found
+
+
+def begin_at_once(cache: HostCache, table: np.ndarray) -> None:
+    cache._table = table.tolist()
+    cache._bring(0)

@@ -350,6 +350,14 @@ def test_what_decides_is_measured_where_it_decides():
     assert plan_for_gpu(weights, 2048, 8 * GIB, "fp16", "auto", 64 * GIB, lambda: None).computes_on_host(1)
 
 
+def test_pages_that_move_go_both_ways():
+    model = (MOON, PLAIN, 2048, 8 * GIB)
+    unified, streamed = (make_plan(*model, gpu=True, swap=swap) for swap in ("unified", "stream"))
+    assert unified.blocks == streamed.blocks and unified.memory == streamed.memory
+    assert unified.disk_bytes == 2 * streamed.disk_bytes
+    assert unified.decode(CARD).tokens_s == pytest.approx(streamed.decode(CARD).tokens_s / 2, rel=0.01)
+
+
 def test_ram_that_does_not_hold_them():
     with pytest.raises(MossError) as e:
         make_plan(MOON, PLAIN, 2048, 8 * GIB, gpu=True, swap="host", ram=16 * GIB)

@@ -21,7 +21,7 @@ def test_jittor_differentiates_through_a_block_and_the_loss(tmp_path):
     x = rng.standard_normal((b * t, 24)).astype(np.float32)
     rows, targets = np.array([0, 3, 16]), rng.integers(0, config.vocab_size, 3)
     jt = jittor()
-    block = ops.Block(lambda backward: full.block(0, backward), ops.Sizes(ops.Shape(config, b, t, official=True)))
+    block = ops.Block(lambda backward: full.block(0, backward), ops.Sizes(config, b, t, official=True))
     var = jt.array(x)
     loss = 0.5 * ops.Head(full.head, rows, targets, config.layer_norm_epsilon)(block(3 * var))
     gradient = jt.grad(loss, var).numpy().astype(np.float64)
@@ -49,7 +49,7 @@ def test_a_block_is_lent_once_forwards_and_once_backwards(tmp_path):
         with full.block(0, backward) as table:
             return nullcontext(table)
 
-    block = ops.Block(lend, ops.Sizes(ops.Shape(config, 1, 3, official=True)))
+    block = ops.Block(lend, ops.Sizes(config, 1, 3, official=True))
     x = jittor().array(np.ones((3, 16), np.float32))
     y = block.forward(x)
     assert lent == [False] and y.shape == [3, 16]

@@ -11,7 +11,7 @@ from moss_jt import MossError, convert
 from moss_jt.config import Config
 from moss_jt.machine import Memory
 from moss_jt.train import AdamW, Batch, Lora, Trainee
-from moss_jt.train.lora import TARGETS, shapes
+from moss_jt.train.lora import TARGETS, shapes, tensor_names
 from moss_jt.weights import open_weights
 
 from .. import dequantise
@@ -49,6 +49,16 @@ def test_losses_and_gradients_of_all_weights(tmp_path, rng, size):
         assert abs(ours - difference) < 1e-3 * abs(difference), name
 
 
+LORA = Lora(rank=5, alpha=7, dropout=0.0)
+
+
+def shaken(trainee: Trainee, rng) -> Trainee:
+    """With an adapter that does something."""
+    for p in trainee.parameters.values():
+        p.value[...] += rng.standard_normal(p.value.shape) * 0.1
+    return trainee
+
+
 def codegen(config, state):
     """transformers' CodeGen with these weights, and torch."""
     torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
@@ -60,14 +70,12 @@ def codegen(config, state):
     return found.train(), torch
 
 
-def test_steps_of_all_weights_are_those_of_transformers_and_torch(tmp_path, rng):
-    weights, state, config = model(tmp_path, int(rng.integers(1 << 30)), n_embd=96, n_head=12, n_inner=150, rotary_dim=6)
-    theirs, torch = codegen(config, state)
-    decayed = [p for p in theirs.parameters() if p.ndim > 1]
-    groups = [{"params": decayed}, {"params": [p for p in theirs.parameters() if p.ndim == 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1)
-    trainee = Trainee(weights)
-    ours = AdamW(trainee.parameters, lr=0.5)
+def steps_beside_torch(trainee, theirs, named, torch, config, rng) -> None:
+    """Some steps of both: losses, gradients and parameters, ``named`` of which are theirs."""
+    start = {name: p.detach().numpy().copy() for name, p in named.items()}
+    groups = [[p for p in named.values() if p.ndim > 1], [p for p in named.values() if p.ndim == 1]]
+    decays = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, (0.1, 0.0)) if group]
+    optimizer, ours = torch.optim.AdamW(decays, lr=1e-3), AdamW(trainee.parameters, lr=0.5)
     for lr in (1e-3, 5e-4, 2e-3):
         parts = [batch(rng, config.vocab_size, [60, 33], 0.7), batch(rng, config.vocab_size, [9], 0.5)]
         count = sum(int((part.labels[:, 1:] != -100).sum()) for part in parts)
@@ -78,19 +86,45 @@ def test_steps_of_all_weights_are_those_of_transformers_and_torch(tmp_path, rng)
             output = theirs(torch.tensor(part.ids).long(), labels=torch.tensor(part.labels).long())
             assert abs(measured.loss / measured.tokens - output.loss.item()) < 1e-5 * output.loss.item()
             (output.loss * measured.tokens / count).backward()
-        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.3).item()
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), 0.3).item()
         assert abs(trainee.gradient_norm() - norm) < 1e-5 * norm and norm > 0.3
         trainee.scale_gradients(0.3 / (norm + 1e-6))
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         ours.step(lr)
-        for name, p in theirs.named_parameters():
+        for name, p in named.items():
             q = trainee.parameters[name]
             for a, b in ((q.gradient, p.grad.numpy()), (q.value, p.detach().numpy())):
                 assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b), name
-            moved = [x - state[name] for x in (q.value, p.detach().numpy())]
+            moved = [x - start[name] for x in (q.value, p.detach().numpy())]
             assert np.linalg.norm(moved[0] - moved[1]) < 1e-2 * np.linalg.norm(moved[1]), name
+
+
+def test_steps_of_all_weights_are_those_of_transformers_and_torch(tmp_path, rng):
+    weights, state, config = model(tmp_path, int(rng.integers(1 << 30)), n_embd=96, n_head=12, n_inner=150, rotary_dim=6)
+    theirs, torch = codegen(config, state)
+    steps_beside_torch(Trainee(weights), theirs, dict(theirs.named_parameters()), torch, config, rng)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_steps_of_an_adapter_are_those_of_transformers_and_torch(tmp_path, rng, dtype):
+    sizes = {"n_embd": 96, "n_head": 12, "n_inner": 150, "rotary_dim": 6}
+    weights, state, config = model(tmp_path, int(rng.integers(1 << 30)), dtype, **sizes)
+    theirs, torch = codegen(config, dequantise.official_state(weights, state))
+    trainee, named = shaken(Trainee(weights, LORA), rng), {}
+    theirs.requires_grad_(False)
+
+    def adapted_by(a, b):
+        return lambda linear, inputs, output: output + LORA.scale * (inputs[0] @ a.T) @ b.T
+
+    for name, linear in theirs.named_modules():
+        if name.rpartition(".")[2] in TARGETS:
+            both = [torch.nn.Parameter(torch.tensor(trainee.parameters[part].value)) for part in tensor_names(name)]
+            named.update(zip(tensor_names(name), both))
+            linear.register_forward_hook(adapted_by(*both))
+    assert named.keys() == trainee.parameters.keys()
+    steps_beside_torch(trainee, theirs, named, torch, config, rng)
 
 
 def test_the_same_batches_give_the_same_bits_and_an_optimizer_goes_on_from_its_state(tmp_path, rng):
@@ -151,9 +185,6 @@ def test_all_weights_need_memory(tmp_path, monkeypatch):
         Trainee(weights)
 
 
-LORA = Lora(rank=5, alpha=7, dropout=0.0)
-
-
 def adapted(state: dict, trainee: Trainee, lora: Lora) -> dict:
     """The weights with the adapter's products added to them."""
     found = {name: np.asarray(x, np.float64) for name, x in state.items()}
@@ -163,13 +194,6 @@ def adapted(state: dict, trainee: Trainee, lora: Lora) -> dict:
             official = name.replace("base_model.model.", "").replace(".lora_A", "")
             found[official] = found[official] + lora.alpha / lora.rank * b @ p.value
     return found
-
-
-def shaken(trainee: Trainee, rng) -> Trainee:
-    """With an adapter that does something."""
-    for p in trainee.parameters.values():
-        p.value[...] += rng.standard_normal(p.value.shape) * 0.1
-    return trainee
 
 
 @pytest.mark.parametrize("dtype, size", [("fp16", "12 heads, n_inner"), ("int8", "12 heads, n_inner"), ("int4", "8 heads")])
