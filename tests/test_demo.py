@@ -131,7 +131,7 @@ def test_it_calculates(moss, question, command, result):
 
 
 def test_it_knows_moss_jt(moss):
-    for question, part in (("how do i convert a model?", "moss-jt convert weights"), ("怎么退出？", "Ctrl-D")):
+    for question, part in (("what is moss-jt?", "Fudan"), ("怎么退出？", "Ctrl-D")):
         conversation = moss.chat()
         for _ in conversation.send(question, greedy=True):
             pass

@@ -25,7 +25,9 @@ FILES = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
 
 
 def sources(folder: str) -> set[str]:
-    return {str(p.relative_to(ROOT)) for end in ("py", "h", "cuh") for p in (ROOT / folder).rglob(f"*.{end}")}
+    found = {p for end in ("py", "h", "cuh") for p in (ROOT / folder).rglob(f"*.{end}")}
+    found |= {p for p in (ROOT / folder / "demo").glob("*") if p.is_file()}
+    return {str(p.relative_to(ROOT)) for p in found}
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
@@ -66,6 +68,7 @@ def test_source_distribution_is_complete(sdist):
 def test_wheel_holds_everything_in_one_package(installed):
     expected = {name.replace(folder, inside, 1) for folder, inside in FOLDERS.items() for name in sources(folder)}
     assert {"moss_jt/kernels_cpu/simd.h", "moss_jt/kernels_cuda/device.cuh"} <= expected and "moss_jt/cli/chat.py" in expected
+    assert {f"moss_jt/demo/{name}" for name in ("tokenizer.model", "meta_instruction.txt", "head.safetensors")} <= expected
     found = {str(p.relative_to(installed)) for p in installed.rglob("*") if p.is_file()}
     assert {name for name in found if ".dist-info/" not in name} == expected
     assert list(installed.glob("*.dist-info/**/LICENSE"))
