@@ -166,7 +166,6 @@ def test_pages_show_commands_and_parsing_finds_mistakes(folders):
     assert len(shown_commands("README.md")) > 10 and len(shown_commands("docs/doctor.md")) == 5
     for wrong in (
         "chatt",
-        "chat",
         "chat -m DIR --gredy",
         "chat -m DIR too-much",
         "generate -m D --seed x",
