@@ -151,9 +151,10 @@ def parse(args: list[str]) -> None:
 
 @pytest.fixture
 def folders(elsewhere):
-    """Stand where the folders that pages name exist."""
+    """Stand where the folders and settings that pages name exist."""
     for name in ("DIR", "moss-moon-003-sft-jt"):
         Path(name).mkdir()
+    Path("sft.yaml").write_text("model_name_or_path: DIR\ndata_dir: data\noutput_dir: out\n")
 
 
 @pytest.mark.parametrize("page", PAGES)
