@@ -97,10 +97,19 @@ def test_what_the_model_is_loaded_with(moss):
     run("hi")
     run("hi", "--context", "99", "--ram", "6GiB", "--device", "cpu", "--kv-cache", "int8", "--vram", "4GiB", "--swap", "host")
     assert moss.loads == [
-        {"device": "auto", "context": 2048, "ram": None, "kv_cache": "fp16", "vram": None, "swap": "auto", "planned": None},
+        {
+            "device": "auto",
+            "context": 2048,
+            "ram": None,
+            "kv_cache": "fp16",
+            "vram": None,
+            "swap": "auto",
+            "planned": None,
+            "adapter": None,
+        },
         {
             **{"device": "cpu", "context": 99, "ram": 6 << 30, "kv_cache": "int8", "vram": 4 << 30, "swap": "host"},
-            "planned": None,
+            **{"planned": None, "adapter": None},
         },
     ]
     defaults = inspect.signature(moss_jt.moss.load).parameters
