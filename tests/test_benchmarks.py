@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 
@@ -175,3 +176,31 @@ def test_lora(tmp_path, monkeypatch, capsys, budget):
     assert found["parameters"] == 3 * 2 * (4 * 256 + 2 * 256 + 2 * (256 + 512)) and found["blocks"] == 3
     assert len(found["seconds_a_step"]) == 3 and found["losses"][2] < found["losses"][0] and found["tokens_s"] > 0
     assert found["peak_memory_bytes"] > 1e7 and list(tmp_path.iterdir()) == []
+
+
+def test_gpu_swap(monkeypatch, capsys):
+    """What gpu_suite.py measures of swapping: nothing once time is up, and the table has all that was."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    suite = program("gpu_suite")
+    asked = []
+    figures = {"used": 64, "peak_vram_bytes": 3 << 30, "peak_ram_bytes": 5 << 30, "share": 0.9}
+    figures.update(tokens_s=1.5, predicted_tokens_s=1.6)
+    monkeypatch.setattr(suite.gpu_swap.vram, "measure", lambda folder, case, seconds: asked.append(case) or figures)
+    process = {
+        **{"one_tokens_s": 0.8, "together": 16, "together_tokens_s": 12.0},
+        "drafts": {"same": True, "with": {"sweeps": 4}, "without": {"sweeps": 16}},
+        "growth": {"turns": 500, "device_bytes": 0, "ram_bytes": 1 << 20},
+    }
+    monkeypatch.setattr(suite.gpu_swap, "_one_process", lambda folder, turns: process)
+    monkeypatch.setattr(suite.gpu_swap, "accelerate", lambda layers, budget: {"why_not": "it is not there"})
+    monkeypatch.setattr(suite.gpu_swap, "open_weights", lambda folder: SimpleNamespace(config=SMALL))
+    late = suite.gpu_swap.measure("folder", "fp16", lambda: -1, 500)
+    assert not asked and all(case["why_not"] == "no time was left" for case in [*late["cases"], late["process"]])
+    found = suite.gpu_swap.measure("folder", "fp16", lambda: 1, 500)
+    assert {case.swap for case in asked} == {"stream", "auto", "host"} and asked[0].used == 2048
+    suite.draw_swap([*found["cases"], *late["cases"]], found)
+    shown = capsys.readouterr().out
+    assert shown.count("90.0 %") == len(asked) == shown.count("no time was left") and "…" not in shown
+    for text in ("0.8 tokens/s, 16 sequences together 12", "4 sweeps, not 16; the ids are the same", "500 turns took 0.0 MiB"):
+        assert text in shown
+    assert "accelerate: not measured: it is not there" in shown

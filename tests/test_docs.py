@@ -17,6 +17,8 @@ import pytest
 import moss_jt
 from moss_jt.cli import COMMANDS, group
 from moss_jt.config import KV_CACHES, Config
+from moss_jt.sizes import parse_size
+from moss_jt.swap import make_plan
 from moss_jt.weights.layout import WTE_FILE, Coding, files_of
 
 from .checkpoints import random_state, small_config, write_official
@@ -217,6 +219,20 @@ def test_figures_of_the_large_model():
         figures += [f"{sum(sizes.values()) / 1e9:.1f} GB", f"{a_token / 1e9:.1f} GB"]
     for page in ("README.md", "README_zh.md"):
         assert not [figure for figure in figures if figure not in text(page)]
+
+
+def test_plans_within_budgets():
+    rows = re.findall(r"^\| (\d+ GiB) \| (.*) \| (.*) \| (.*) \|$", text("docs/memory.md"), re.M)
+    assert len(rows) == 9
+    for budget, *cells in rows:
+        for cell, coding in zip(cells, (Coding(), Coding("int8", "int8"), Coding("int4", "int8"))):
+            try:
+                plan = make_plan(MOON, coding, 2048, parse_size(budget), gpu=True)
+            except moss_jt.MossError:
+                assert cell == "–"
+                continue
+            counts = f"{plan.blocks.count('resident')} + {len(plan.streamed_blocks)}, {plan.disk_bytes / 1e9:.1f} GB"
+            assert cell == (counts if plan.streams else "all")
 
 
 def test_defaults_of_generate_in_its_table():

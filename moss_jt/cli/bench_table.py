@@ -36,8 +36,8 @@ def draw_budgets(rows: list[dict]) -> None:
     """A row for each case of ``bench vram``, and below the table why some have no figures."""
     console, gpu = Console(), rows[0]["device"] == "cuda"
     memory = ["VRAM", "RAM"] if gpu else ["RAM"]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "budget\nGiB", "swap", "tokens\nin use", *[f"peak {m}\nGiB" for m in memory], *_SPEEDS):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("", "budget\nGiB", "swap", "tokens\nin use", *[f"peak GiB\nof {m}" for m in memory], *_SPEEDS):
         table.add_column(name, justify="left" if name in ("", "swap") else "right", no_wrap=True)
     for row in rows:
         if "why_not" not in row:
