@@ -41,8 +41,8 @@ def plan(
     check_method(method, calibration, act_order)
     coding = Coding(dtype or "fp16", head_dtype or ("fp16" if dtype in (None, "fp16") else "int8"), group_size, act_order)
     check_apart(src, dst)
-    read_meta_instruction(src)  # what could not be used is not copied
     source = open_source(src)
+    read_meta_instruction(src)  # what could not be used is not copied
     if source.gptq:
         if method != "rtn" or group_size != GROUP:
             raise MossError(f"{src}: quantised already, and kept as it is; for another method or group size take it in fp16")

@@ -118,6 +118,7 @@ def open_files() -> set[str]:
 
 
 def test_files_are_closed(content, monkeypatch):
+    gc.collect()  # what other tests left open
     before = open_files()
     file = File(content)
     assert len(open_files()) > len(before)
