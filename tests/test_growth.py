@@ -23,6 +23,15 @@ class Tokenizer(FakeTokenizer):
     decoder = Bytes.decoder
 
 
+@pytest.fixture(autouse=True)
+def collecting_is_fast():
+    """What other tests left is looked through once, and not after every turn."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def resident() -> int:
     gc.collect()
     status = Path("/proc/self/status").read_text()
