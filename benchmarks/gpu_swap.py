@@ -17,16 +17,13 @@ import numpy as np
 
 from moss_jt import cudart, machine
 from moss_jt.bench import decode, moon, vram
+from moss_jt.bench.answer import answer
 from moss_jt.bench.apart import run_apart
 from moss_jt.bench.pairs import rate
 from moss_jt.devices import open_device
-from moss_jt.drafts import Drafts
-from moss_jt.generate import Answer, Stats, generate
 from moss_jt.machine import GIB
 from moss_jt.model import Model, Request
 from moss_jt.runtime import jittor
-from moss_jt.sampling import Sampling
-from moss_jt.stopping import Stop
 from moss_jt.weights import open_weights
 
 HERE = Path(__file__).resolve().parent
@@ -44,14 +41,16 @@ CASES = [
 ]
 
 
-def measure(folder: Path, dtype: str, left: Callable[[], float], turns: int) -> dict:
-    """All of a dtype, for as long as ``left`` (seconds) allows: ``cases`` as bench vram has them, and ``process``."""
-    cases = [vram.Case("cuda", *case) for case in CASES if case[0] == dtype]
-    found = {"cases": [{**asdict(case), **_in_time(left, lambda case=case: vram.measure(folder, case, 1.0))} for case in cases]}
+def measure(into: dict, folder: Path, dtype: str, left: Callable[[], float], turns: int) -> dict:
+    """All of a dtype, for as long as ``left`` (seconds) allows: ``cases`` as bench vram has them, and ``process``. Each is in
+    ``into``, which is returned, as soon as it is measured."""
+    into["cases"] = []
+    for case in (vram.Case("cuda", *case) for case in CASES if case[0] == dtype):
+        into["cases"].append({**asdict(case), **_in_time(left, lambda case=case: vram.measure(folder, case, 1.0))})
     if dtype == "fp16":
-        found["process"] = _in_time(left, lambda: _one_process(folder, turns))
-        found["accelerate"] = _in_time(left, lambda: accelerate(open_weights(folder).config.n_layer, SMALL))
-    return found
+        into["process"] = _in_time(left, lambda: _one_process(folder, turns))
+        into["accelerate"] = _in_time(left, lambda: accelerate(open_weights(folder).config.n_layer, SMALL))
+    return into
 
 
 def _in_time(left: Callable[[], float], work: Callable[[], dict]) -> dict:
@@ -81,19 +80,6 @@ def accelerate(layers: int, budget: int) -> dict:
 # ---- in one process ----------------------------------------------------------------------------------------------------------
 
 
-class Silent:
-    """A tokenizer for ids that mean nothing."""
-
-    def decoder(self, skip_special: bool) -> Silent:
-        return self
-
-    def push(self, _: int) -> str:
-        return ""
-
-    def finish(self) -> str:
-        return ""
-
-
 def one_process(folder: Path, budget: int, turns: int) -> dict:
     """Of weights that are streamed: one token beside those of several sequences together, drafts, growth over turns."""
     jittor("cuda")
@@ -119,11 +105,8 @@ def one_process(folder: Path, budget: int, turns: int) -> dict:
 def _drafts(model: Model) -> dict:
     """The same greedy answer to a prompt that repeats itself, with drafts and without: tokens a sweep."""
     prompt, found = np.resize(np.arange(100, 112), 96).tolist(), {}
-    for name, drafts in (("without", None), ("with", Drafts())):
-        stats = Stats()
-        limit = min(len(prompt) + 16, model.context)
-        asked = Answer(Silent(), prompt, Stop(frozenset(), ()), Sampling(greedy=True), limit, drafts, stats)
-        ids = [piece.id for _, piece in generate(model, [asked], [model.sequence])]
+    for name, drafts in (("without", False), ("with", True)):
+        ids, stats = answer(model, prompt, min(16, model.context - len(prompt)), drafts)
         found[name] = {"ids": ids, "tokens_s": stats.decode_tokens_s, "sweeps": stats.sweeps}
     return {"same": found["with"].pop("ids") == found["without"].pop("ids"), **found}
 

@@ -23,13 +23,10 @@ from rich.table import Table
 from moss_jt import machine
 from moss_jt.bench import Shape, limits, moon, page_cache, random_checkpoint
 from moss_jt.bench.about import machine_facts, now
-from moss_jt.drafts import Drafts
-from moss_jt.generate import Answer, Stats, generate
+from moss_jt.bench.answer import answer
 from moss_jt.model import Model
 from moss_jt.runtime import jittor
-from moss_jt.sampling import Sampling
 from moss_jt.sizes import gib, parse_size
-from moss_jt.stopping import Stop
 from moss_jt.swap import make_plan
 from moss_jt.weights import open_weights
 from moss_jt.weights.layout import Coding
@@ -37,24 +34,8 @@ from moss_jt.weights.layout import Coding
 HERE = Path(__file__).resolve().parent
 
 
-class Silent:
-    """A tokenizer for ids that mean nothing."""
-
-    def decoder(self, skip_special: bool) -> Silent:
-        return self
-
-    def push(self, _: int) -> str:
-        return ""
-
-    def finish(self) -> str:
-        return ""
-
-
-def answer(model: Model, prompt: list[int], new: int, drafts: bool) -> dict:
-    stats = Stats()
-    stop = Stop(ids=frozenset(), strings=())
-    asked = Answer(Silent(), prompt, stop, Sampling(greedy=True), len(prompt) + new, Drafts() if drafts else None, stats)
-    ids = [piece.id for _, piece in generate(model, [asked], [model.sequence])]
+def figures(model: Model, prompt: list[int], new: int, drafts: bool) -> dict:
+    ids, stats = answer(model, prompt, new, drafts)
     return {
         "ids": ids,
         "prefill_tokens_s": stats.prefill_tokens_s,
@@ -78,13 +59,13 @@ def measure(args: argparse.Namespace) -> dict:
         disk = limits.disk_read(folder)
         before = disk.measure()
         model = Model(weights, 2048, plan)
-        found = {"streamed": answer(model, prompt, args.new, drafts=False)}
+        found = {"streamed": figures(model, prompt, args.new, drafts=False)}
         # Its prompt is cached now, so that only what is new of it is evaluated again.
-        found["streamed, with drafts"] = answer(model, prompt, args.new, drafts=True)
+        found["streamed, with drafts"] = figures(model, prompt, args.new, drafts=True)
         after = disk.measure()
         del model
         if shape.token_bytes + (3 << 30) < machine.memory().available:
-            found["in memory"] = answer(Model(weights, 2048), prompt, args.new, drafts=False)
+            found["in memory"] = figures(Model(weights, 2048), prompt, args.new, drafts=False)
     return {
         "date": now(),
         "machine": machine_facts(),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -194,9 +196,9 @@ def test_gpu_swap(monkeypatch, capsys):
     monkeypatch.setattr(suite.gpu_swap, "_one_process", lambda folder, turns: process)
     monkeypatch.setattr(suite.gpu_swap, "accelerate", lambda layers, budget: {"why_not": "it is not there"})
     monkeypatch.setattr(suite.gpu_swap, "open_weights", lambda folder: SimpleNamespace(config=SMALL))
-    late = suite.gpu_swap.measure("folder", "fp16", lambda: -1, 500)
+    late = suite.gpu_swap.measure({}, "folder", "fp16", lambda: -1, 500)
     assert not asked and all(case["why_not"] == "no time was left" for case in [*late["cases"], late["process"]])
-    found = suite.gpu_swap.measure("folder", "fp16", lambda: 1, 500)
+    found = suite.gpu_swap.measure({}, "folder", "fp16", lambda: 1, 500)
     assert {case.swap for case in asked} == {"stream", "auto", "host"} and asked[0].used == 2048
     suite.draw_swap([*found["cases"], *late["cases"]], found)
     shown = capsys.readouterr().out
@@ -204,3 +206,37 @@ def test_gpu_swap(monkeypatch, capsys):
     for text in ("0.8 tokens/s, 16 sequences together 12", "4 sweeps, not 16; the ids are the same", "500 turns took 0.0 MiB"):
         assert text in shown
     assert "accelerate: not measured: it is not there" in shown
+
+
+@pytest.mark.parametrize("where", ["build", "measure"])
+def test_gpu_suite_ends_in_time(tmp_path, monkeypatch, capsys, where):
+    """What was measured until time was up is drawn and written, and the program fails where nothing was tested."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    suite = program("gpu_suite")
+
+    def resident(folder, repeat):
+        resident.called += 1
+        return {"why_not": "as a test wants it"} if resident.called == 1 else time.sleep(60)
+
+    resident.called = 0
+    gpu = {"name": "a GPU", "capability": "9.0", "driver": "13.0", "toolkit": "13.0"}
+    done = {"test_gpu_model": {"code": 0, "summary": "7 passed"}}
+    monkeypatch.setattr(suite, "LIMIT", 1)
+    monkeypatch.setattr(suite, "RESULTS", tmp_path)
+    monkeypatch.setattr(suite, "gpu_facts", lambda: gpu)
+    monkeypatch.setattr(suite, "build", lambda: time.sleep(60) if where == "build" else 0.0)
+    monkeypatch.setattr(suite, "tests", lambda quick, sanitize: done)
+    monkeypatch.setattr(suite, "_resident", resident)
+    monkeypatch.setattr(suite, "random_checkpoint", lambda shape, parent: nullcontext(tmp_path))
+    monkeypatch.setattr(suite.runtime, "jittor", lambda device: None)
+    monkeypatch.setattr(suite.device_limits, "to_device", lambda: SimpleNamespace(measure=lambda: 2e10))
+    monkeypatch.setattr(suite.gpu_swap, "measure", lambda into, *rest: into)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--quick"])
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as e:
+        suite.main()
+    assert time.monotonic() - start < 30 and bool(e.value.code) == (where == "build")
+    found = json.loads(next(tmp_path.glob("*-gpu.json")).read_text())
+    why = "no time was left" if where == "build" else "as a test wants it"
+    assert (found["fp16"]["why_not"], found["int8"]["why_not"]) == (why, "no time was left")
+    assert f"fp16: not measured: {why}" in capsys.readouterr().out
