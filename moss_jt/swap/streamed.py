@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,12 +11,13 @@ import numpy as np
 from ..weights import Weights
 from ..weights.layout import WTE_FILE
 from ..weights.store import arrays
+from .disk import Disk
 from .host import Rows, as_vars
 from .parts import Part
 from .plan import Plan
-from .reader import Worker, allocate
+from .reader import allocate
 from .ring import Ring
-from .sources import Source, sources
+from .sources import sources
 
 
 class Streamed:
@@ -42,9 +42,9 @@ class Streamed:
         found = sources(weights, self._head)
         streamed = {item: found.pop(item) for item in (*self._blocks, *self._ranges)}
         slots = [_Memory(plan.slot, {item: s.part for item, s in streamed.items()}, beside) for _ in range(plan.slots)]
-        worker = Worker("moss-jt reads weights")
-        self.close = weakref.finalize(self, worker.close)  # when called, or when this is no longer used, or at the end
-        self._ring = Ring(slots, _Disk(worker, streamed))
+        disk = Disk(streamed)
+        self.close = weakref.finalize(self, disk.close)  # when called, or when this is no longer used, or at the end
+        self._ring = Ring(slots, disk)
         self.expect(head=True)
         self._resident = {item: _Memory(s.part.room, {item: s.part}, beside) for item, s in found.items()}
         for item, source in found.items():
@@ -89,16 +89,3 @@ class _Memory:
             found.update(arrays(self.bytes[at + span.shift :], span.tensors))
             at += span.room
         return found
-
-
-class _Disk:
-    """The ring's carrier: reads parts in a thread of its own."""
-
-    def __init__(self, worker: Worker, sources: dict[Hashable, Source]):
-        self._worker, self._sources = worker, sources
-
-    def start(self, slot: _Memory, item: Hashable) -> Future:
-        return self._worker.start(self._sources[item].fetch, slot.bytes)
-
-    def release(self, slot: _Memory) -> None:
-        """Ops have run when a loan ends."""

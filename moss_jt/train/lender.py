@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 
 from ..config import Config
 from ..errors import MossError
 from ..swap import spare_memory
+from ..swap.disk import Disk
 from ..swap.parts import whole
 from ..swap.plan import in_mib
-from ..swap.reader import Worker, allocate
+from ..swap.reader import allocate
 from ..swap.ring import Ring
-from ..swap.sources import Source, sources
+from ..swap.sources import sources
 from ..weights import Weights
 from ..weights.layout import HEAD_FILE, block_file
 from ..weights.store import arrays
@@ -38,11 +39,10 @@ class Lender:
         self._mapped = [weights.block(i) for i in range(resident)]
         self._streamed = list(range(resident, n))
         if self._streamed:
-            found = sources(weights, [])
-            slots = [_Slot(size) for _ in range(_SLOTS)]
-            worker = Worker("moss-jt reads weights")
-            self.close = weakref.finalize(self, worker.close)
-            self._ring = Ring(slots, _Disk(worker, {i: found[i] for i in self._streamed}))
+            self._sources = sources(weights, [])
+            disk = Disk({(backward, i): self._sources[i] for backward in (False, True) for i in self._streamed})
+            self.close = weakref.finalize(self, disk.close)
+            self._ring = Ring([_Slot(allocate(size)) for _ in range(_SLOTS)], disk)
 
     @property
     def streams(self) -> bool:
@@ -61,29 +61,11 @@ class Lender:
             yield self._mapped[i]
         else:
             with self._ring.lend((backward, i)) as slot:
-                yield slot.arrays()
+                yield arrays(slot.bytes, self._sources[i].part.spans[0].tensors)
 
 
-class _Slot:
-    def __init__(self, nbytes: int):
-        self.bytes, self.source = allocate(nbytes), None
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        return arrays(self.bytes, self.source.part.spans[0].tensors)
-
-
-class _Disk:
-    """The ring's carrier: reads blocks in a thread of its own."""
-
-    def __init__(self, worker: Worker, sources: dict[int, Source]):
-        self._worker, self._sources = worker, sources
-
-    def start(self, slot: _Slot, item: tuple[bool, int]) -> Future:
-        slot.source = self._sources[item[1]]
-        return self._worker.start(slot.source.fetch, slot.bytes)
-
-    def release(self, slot: _Slot) -> None:
-        """Ops have run when a loan ends."""
+class _Slot(NamedTuple):
+    bytes: np.ndarray
 
 
 def room_for_blocks(weights: Weights, budget: int, learned: int, tokens: int) -> int:

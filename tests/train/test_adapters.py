@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from moss_jt import MossError
+from moss_jt.swap import sources
 from moss_jt.train import Lora, Trainee, lender, load_adapter, save_adapter
 from moss_jt.train.lora import shapes
 
@@ -144,17 +145,17 @@ def test_a_disk_s_error_is_said_and_the_next_batch_tries_again(tmp_path, monkeyp
     weights, _, config = model(tmp_path, 5, n_layer=4)
     monkeypatch.setattr("moss_jt.train.lender.spare_memory", lambda: 0)
     trainee, given = Trainee(weights, Lora()), batch(np.random.default_rng(0), config.vocab_size, [9])
-    loss, fetch = trainee.measure(given).loss, lender.Source.fetch
+    loss, fetch = trainee.measure(given).loss, sources.Source.fetch
 
     def fails(source, memory):
         raise MossError("the disk is gone")
 
-    monkeypatch.setattr(lender.Source, "fetch", fails)
+    monkeypatch.setattr(sources.Source, "fetch", fails)
     for _ in range(2):
         with pytest.raises(MossError, match="the disk is gone"):
             trainee.train(given)
             trainee.train(given)
-    monkeypatch.setattr(lender.Source, "fetch", fetch)
+    monkeypatch.setattr(sources.Source, "fetch", fetch)
     assert trainee.train(given).loss == loss
 
 
