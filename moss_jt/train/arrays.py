@@ -11,6 +11,7 @@ from ..errors import MossError
 from ..weights.header import header_bytes, read_header
 from ..weights.layout import Tensor
 
+FOR_PYTORCH = {"format": "pt"}  # metadata that transformers insists on
 _DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64"}
 _NUMPY = {name: np.dtype(numpy) for numpy, name in _DTYPES.items()}
 

@@ -12,8 +12,8 @@ from ..config import Config
 from ..convert.job import whole_file
 from ..convert.view import cast, contiguous
 from ..errors import MossError
-from ..weights.header import header_bytes, read_header
-from ..weights.layout import Tensor
+from ..weights.header import read_header
+from .arrays import FOR_PYTORCH, write_arrays
 
 TARGETS = {"qkv_proj": "attn", "out_proj": "attn", "fc_in": "mlp", "fc_out": "mlp"}  # the official modules, and where they are
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter.safetensors", "adapter_config.json"
@@ -81,13 +81,10 @@ def save_adapter(folder: str | Path, lora: Lora, tensors: dict[str, np.ndarray],
         "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": list(lora.targets), "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True,
     }  # fmt: skip
-    stored = [Tensor(name, "F32", x.shape) for name, x in tensors.items()]
+    stored = {name: x.astype(np.float32, copy=False) for name, x in tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(folder / ADAPTER_FILE) as f:
-            f.write(header_bytes(stored, {"format": "pt"}))
-            for x in tensors.values():
-                f.write(np.ascontiguousarray(x, np.float32).data)
+        write_arrays(folder / ADAPTER_FILE, stored, FOR_PYTORCH)
         with whole_file(folder / ADAPTER_CONFIG) as f:
             f.write(json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
     except OSError as e:

@@ -82,9 +82,8 @@ class Merged:
         n, k = tensor.shape
         step = max(1, CHUNK // (4 * k))
         rows = in_order(self._rows(name, tensor, views), ((first, min(step, n - first)) for first in range(0, n, step)))
-        view = contiguous(
-            tensor.name, self._weights.regions[name].path, "F32", tensor.shape, 0
-        )  # for its name, if it overflows
+        path = self._weights.regions[name].path
+        view = contiguous(tensor.name, path, "F32", tensor.shape, 0)  # for its name, if it overflows
         if bits == 16:
             for w in rows:
                 append(file, cast(w, view, "F16"), advance)

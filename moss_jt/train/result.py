@@ -12,7 +12,7 @@ from ..convert.job import sync, whole_file
 from ..convert.to_moss_jt import COPIED, official_config
 from ..tokenizer import load_tokenizer, write_tokenizer
 from ..weights import Weights
-from .arrays import fill, write_arrays
+from .arrays import FOR_PYTORCH, fill, write_arrays
 from .lora import Lora, load_adapter, save_adapter
 from .parameter import Parameter
 
@@ -35,7 +35,7 @@ class Whole:
         model = folder / MODEL
         model.mkdir()
         write_small_files(self._base, model)
-        write_arrays(model / _WEIGHTS, self._values, {"format": "pt"})  # transformers insists on this metadata
+        write_arrays(model / _WEIGHTS, self._values, FOR_PYTORCH)
 
     def load(self, folder: Path) -> None:
         fill(folder / MODEL / _WEIGHTS, self._values)
