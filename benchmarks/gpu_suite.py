@@ -69,7 +69,7 @@ def main() -> None:
     path = RESULTS / f"{found['date'][:10]}-gpu.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
     draw(found)
-    print(f"{path.name}, {found['seconds']:.0f} s")
+    print(f"{os.path.relpath(path)}, {found['seconds']:.0f} s")
     sys.exit(not found["tests"] or any(result["code"] for result in found["tests"].values()))
 
 
