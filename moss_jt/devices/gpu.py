@@ -52,7 +52,7 @@ class Cuda:
         self._angles = cudart.Memory(angles.nbytes)
         cudart.to_device(self._angles.pointer, angles)
         self._rows = Rows(weights.regions[WTE_FILE])
-        self._first = len(plan.host_blocks)  # the blocks from there on are the device's in every sweep
+        self._others = [i for i in range(config.n_layer) if i not in plan.host_blocks]  # the device's in every sweep
         self.weights: OnDevice | None = None  # None: there was no room for them
         self._loads = 0
         self._with_room(lambda: None, plan.memory["KV cache"] + plan.memory["work space"])
@@ -123,13 +123,13 @@ class Cuda:
         return self._with_room(lambda: self._cache(places), places * each + self.plan.memory["work space"])
 
     def _cache(self, places: int) -> DeviceCache:
-        first, n = self._first, self._config.n_layer - self._first
+        n = len(self._others)
         shapes = parts_of(self._config, self._context, places, self._kv_cache)
         sizes = [math.prod((n, *shape[1:])) * np.dtype(dtype).itemsize for shape, dtype in shapes]
         memory = [cudart.Memory(size) for size in sizes]
         layers = {  # keys, or values, of a block are a 2n-th of all
-            first + i: [m.pointer + (2 * i + half) * (size // (2 * n)) for m, size in zip(memory, sizes) for half in (0, 1)]
-            for i in range(n)
+            i: [m.pointer + (2 * k + half) * (size // (2 * n)) for m, size in zip(memory, sizes) for half in (0, 1)]
+            for k, i in enumerate(self._others)
         }
         memory.append(cudart.Memory(self._space_bytes(places)))
         host = self._host and self._host.cache(places)
@@ -140,14 +140,18 @@ class Cuda:
             return self._sweeps.space_bytes(CHUNK, places)
 
     def _runs(self, cache: DeviceCache) -> list[tuple[list[int], np.ndarray | None]]:
-        """Which blocks an op computes together, and where those are: of the weights that are there now."""
+        """Which blocks are computed together, and where those are: of the weights that are there now."""
         if cache.of != self._loads:
-            neighbours = groupby(cache.layers, lambda i: self.weights.is_resident(i) or -i - 1)
+            kinds = {
+                i: "host" if i not in cache.layers else self.weights.is_resident(i) or -i - 1
+                for i in range(self._config.n_layer)
+            }
+            neighbours = groupby(kinds, kinds.get)
             cache.runs, cache.of = [self._run(list(run), cache.layers) for _, run in neighbours], self._loads
         return cache.runs
 
     def _run(self, blocks: list[int], layers: dict) -> tuple[list[int], np.ndarray | None]:
-        """Blocks that an op computes together: one that is streamed, or neighbours that are resident, with their table."""
+        """Blocks that are computed together: host blocks, or one that is streamed, or resident ones, with their table."""
         if not self.weights.is_resident(blocks[0]):
             return blocks, None
         tensors = []
@@ -164,8 +168,6 @@ class Cuda:
         embedded, on_host = self._embedded[: len(sweep.ids)], self.plan.computes_on_host(len(sweep.ids))
         self._rows.read_into(embedded, sweep.ids)
         self.weights.expect(bool(sweep.rows), on_host)
-        if on_host:
-            self._host.compute(cache.host, embedded, sweep.table, len(cache.sequences), cache.space.address)
         # Lazily: ops are issued when something needs them, and waited for when their result is read.
         with jittor().flag_scope(lazy_execution=1, no_grad=1, use_cuda=1):
             state = self._blocks(cache, sweep, on_host)
@@ -178,28 +180,37 @@ class Cuda:
         return found
 
     def _blocks(self, cache: DeviceCache, sweep: Sweep, on_host: bool):
-        state, of = None, (sweep.table, len(sweep.ids))
-        embedded = None if on_host else self._embedded
-
-        def streamed(i: int, layer: list[int]):
-            with self.weights.block(i) as tensors:
-                table = self._sweeps.table([tensors], [layer])
-                after = self._sweeps.blocks(table, *of, embedded, cache.space, state)
-                after.sync()  # issues it, and does not wait: the slot's next copy waits for what was issued
-            return after
-
+        """A Var that says no more than that all blocks were computed; None where the CPU computed the last ones."""
+        state, embedded = None, self._embedded  # None once a block was computed
         if cache.host and not on_host:
             cache.host.begin(sweep.table)
-            for i in range(self._first):
-                with cache.host.lend(i) as layer:
-                    state, embedded = streamed(i, layer), None
         for blocks, table in self._runs(cache):
             if table is not None:
-                state = self._sweeps.blocks(table, *of, embedded, cache.space, state)
+                state = self._sweeps.blocks(table, sweep.table, len(sweep.ids), embedded, cache.space, state)
+            elif blocks[0] in cache.layers:
+                state = self._streamed(cache, sweep, blocks[0], cache.layers[blocks[0]], embedded, state)
+            elif on_host:
+                self._on_host(cache, sweep, blocks, state)
+                state = None
             else:
-                state = streamed(blocks[0], cache.layers[blocks[0]])
+                for i in blocks:
+                    with cache.host.lend(self._host.numbers[i]) as layer:
+                        state, embedded = self._streamed(cache, sweep, i, layer, embedded, state), None
             embedded = None
         return state
+
+    def _streamed(self, cache: DeviceCache, sweep: Sweep, i: int, layer: list[int], embedded: np.ndarray | None, state):
+        with self.weights.block(i) as tensors:
+            table = self._sweeps.table([tensors], [layer])
+            after = self._sweeps.blocks(table, sweep.table, len(sweep.ids), embedded, cache.space, state)
+            after.sync()  # issues it, and does not wait: the slot's next copy waits for what was issued
+        return after
+
+    def _on_host(self, cache: DeviceCache, sweep: Sweep, blocks: list[int], state) -> None:
+        if state is not None:
+            state.sync()  # issues what comes before
+        embedded = self._embedded[: len(sweep.ids)]
+        self._host.compute(cache.host, blocks, embedded, sweep.table, len(cache.sequences), cache.space.address)
 
     def _logits(self, rows: list[Row], enough: int, space: Space, state) -> list[np.ndarray | Likeliest]:
         which = np.array([row.row for row in rows], np.int32)
@@ -226,8 +237,8 @@ def _say_fewer(now: Plan, before: Plan) -> None:
 
 
 class DeviceCache(Cache):
-    """Keys and values on the device: ``layers``, for each block the addresses of its parts; or in host memory, of the first
-    blocks, ``host``. ``space``: what sweeps over it work in. ``runs``: which blocks an op computes together, and their table,
+    """Keys and values on the device: ``layers``, for each block the addresses of its parts; or in host memory, of host blocks,
+    ``host``. ``space``: what sweeps over it work in. ``runs``: which blocks an op computes together, and their table,
     where they are resident, as the weights were brought the ``of``-th time."""
 
     def __init__(self, context: int, places: int, layers: dict, memory: list, space: Space, host: HostCache | None):

@@ -1,7 +1,7 @@
-"""The first blocks, where they do not fit the device: computed by the CPU where they lie, or brought, sweep by sweep.
+"""Blocks that do not fit the device: computed by the CPU where they lie, or brought, sweep by sweep.
 
-Their keys and values are in pinned host memory. When the CPU computes, nothing crosses but the state, once. When the blocks
-are streamed, the rows that a block needs are copied to the device beside its weights, and the new ones back after it.
+Their keys and values are in pinned host memory. When the CPU computes, nothing crosses but the state. When the blocks are
+streamed, the rows that a block needs are copied to the device beside its weights, and the new ones back after it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .host import Blocks, layers_of
 
 
 class HostBlocks:
-    """``count`` blocks, of weights that a device was lent."""
+    """Those of a plan, of weights that a device was lent. ``numbers``: each one's place among them."""
 
     def __init__(self, weights: Weights, plan: Plan, lent: OnDevice):
         self._config, self._context, self._kv_cache = weights.config, plan.context, plan.kv_cache
-        self.count, self._lent = len(plan.host_blocks), lent
+        self.numbers, self._lent = {i: k for k, i in enumerate(plan.host_blocks)}, lent
         self._brought = bool(set(plan.host_blocks) & set(plan.streamed_blocks))
         self._blocks = Blocks(weights.config, weights.coding, plan.context, plan.kv_cache)
         self._state = cudart.pinned(4 * weights.config.n_embd * CHUNK).view(np.float32).reshape(CHUNK, -1)
@@ -35,21 +35,25 @@ class HostBlocks:
     def cache(self, places: int) -> HostCache:
         """Raises OutOfDeviceMemory."""
         shapes = parts_of(self._config, self._context, places, self._kv_cache)
-        return HostCache([((self.count, *shape[1:]), np.dtype(dtype)) for shape, dtype in shapes], self._brought)
+        return HostCache([((len(self.numbers), *shape[1:]), np.dtype(dtype)) for shape, dtype in shapes], self._brought)
 
-    def compute(self, cache: HostCache, embedded: np.ndarray, table: np.ndarray, places: int, state: int) -> None:
-        """By the CPU: from float16 (T, D) to the state at an address on the device, float32 (T, D). What Jittor launches from
-        now on finds it there."""
+    def compute(
+        self, cache: HostCache, blocks: list[int], embedded: np.ndarray, table: np.ndarray, places: int, state: int
+    ) -> None:
+        """By the CPU: neighbouring blocks, from float16 (T, D), or, where others come before them, from the state at an address
+        on the device, float32 (T, D), once all launches are over. What is launched from now on finds the result there."""
         cache.finish()
-        blocks = ((nullcontext(self._lent.on_host(i)), layer) for i, layer in enumerate(cache.layers))
         there = self._state[: len(embedded)]
+        if blocks[0]:
+            cudart.to_host(there, state)
+        lent = ((nullcontext(self._lent.on_host(i)), cache.layers[self.numbers[i]]) for i in blocks)
         with jittor().flag_scope(lazy_execution=0, no_grad=1, use_cuda=0):
-            there[:] = self._blocks(embedded.astype(np.float32), table, places, blocks)
+            there[:] = self._blocks(there if blocks[0] else embedded.astype(np.float32), table, places, lent)
         cudart.to_device(state, there)
 
 
 class HostCache:
-    """Keys and values of the first blocks, in host memory. ``layers``: as the CPU takes them.
+    """Keys and values of host blocks, one after the other, in host memory. ``layers``: as the CPU takes them.
 
     On the device there is room for those of two blocks, which take turns. All copies go through one stream, so that a block's
     rows come only when those of the one before the last have gone back, and what a sweep reads is what those before it wrote.
@@ -72,8 +76,8 @@ class HostCache:
 
     @contextmanager
     def lend(self, i: int) -> Iterator[list[int]]:
-        """Block i's, blocks one after the other from the first on: addresses on the device for what Jittor launches until the
-        loan ends. Those of the next one are brought meanwhile."""
+        """Those of the i-th, one after the other from the first on: addresses on the device for what Jittor launches until the
+        loan ends. The next one's are brought meanwhile."""
         turn = self._turns[i % SLOTS]
         if i + 1 < self._count:
             self._bring(i + 1)

@@ -7,6 +7,7 @@ budget of VRAM bounds the same on a GPU, but for what CUDA itself takes there; w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -84,7 +85,7 @@ class Plan:
 
     @property
     def host_blocks(self) -> list[int]:
-        """Those that the CPU ever computes: the first ones, since what goes into them is on the host already."""
+        """Those that the CPU ever computes."""
         return [i for i, where in enumerate(self.blocks) if where in (HOST, EITHER)]
 
     def computes_on_host(self, tokens: int) -> bool:
@@ -241,8 +242,10 @@ def make_plan(
         raise MossError(too_small(config, coding, context, f"a budget of {in_mib(budget)}", kv_cache, gpu, swap, ram))
     best = min(fitting, key=lambda placed: placed.brought)
     head, host = (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block, sizes.on_host(best.blocks)
-    streamed = _spread(config.n_layer - best.blocks - host, config.n_layer - host, head)
-    blocks = ((HOST if swap == "host" else EITHER,) * host) + streamed
+    if swap == "auto" and host:
+        blocks = _in_pairs(host, config.n_layer - best.blocks - host, config.n_layer)
+    else:  # the first ones, since what goes into them is on the host already
+        blocks = (HOST,) * host + _spread(config.n_layer - best.blocks - host, config.n_layer - host, head)
     plan = Plan(config, coding, context, budget, blocks, best.head_rows, best.part_rows, best.slot, kv_cache, gpu, swap)
     if ram is not None and swap == "host" and plan.host_memory > ram:
         raise MossError(
@@ -255,17 +258,18 @@ def make_plan(
 def less(plan: Plan, room: int) -> Plan | None:
     """The plan with weights and slots in at most ``room`` bytes of a GPU's memory, and more of them streamed. Keys and values
     stay where they are: what the CPU computes, it goes on to. None where so little does not do."""
-    host = plan.blocks[: len(plan.host_blocks)]
-    n = len(plan.blocks) - len(host)
+    n = len(plan.blocks) - len(plan.host_blocks)
     if not n:
         return None
     sizes = Sizes(replace(plan.config, n_layer=n), plan.coding, plan.context, plan.kv_cache, plan.gpu)
     placements = _placements(sizes, room + n * sizes.block_cache)
-    fitting = [placed for placed in placements if placed.fits and (EITHER not in host or placed.slot >= sizes.block)]
+    least = sizes.block if EITHER in plan.blocks else 0  # that a slot has to take
+    fitting = [placed for placed in placements if placed.fits and placed.slot >= least]
     if not fitting:
         return None
     best = min(fitting, key=lambda placed: placed.brought)
-    blocks = host + _spread(n - best.blocks, n, (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block)
+    others = iter(_spread(n - best.blocks, n, (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block))
+    blocks = tuple(where if where in (HOST, EITHER) else next(others) for where in plan.blocks)
     return replace(plan, blocks=blocks, head_rows=best.head_rows, part_rows=best.part_rows, slot=best.slot)
 
 
@@ -329,6 +333,19 @@ def _spread(streamed: int, blocks: int, head: float) -> tuple[str, ...]:
     head = min(head, blocks - streamed)
     chosen = {int((k + (head + 1) / 2) * blocks / (streamed + head)) for k in range(streamed)}
     return tuple(STREAMED if i in chosen else RESIDENT for i in range(blocks))
+
+
+def _in_pairs(host: int, streamed: int, blocks: int) -> tuple[str, ...]:
+    """Where each block is, with ``host`` ones that are EITHER, and streamed ones evenly among them. They lie in pairs, as there
+    are two slots, spread evenly from the first block on: while the resident ones between two pairs are computed, the link fills
+    both slots, and where the CPU computes, the state crosses it only twice a pair."""
+    elsewhere = host + streamed
+    pairs, resident, found = math.ceil(elsewhere / SLOTS), blocks - elsewhere, []
+    kinds = [EITHER if (k + 1) * host // elsewhere > k * host // elsewhere else STREAMED for k in range(elsewhere)]
+    for k in range(pairs):
+        found += kinds[SLOTS * k : SLOTS * (k + 1)]
+        found += [RESIDENT] * (math.ceil((k + 1) * resident / pairs) - math.ceil(k * resident / pairs))
+    return tuple(found)
 
 
 def too_small(

@@ -134,6 +134,12 @@ class Simulated:
             raw = raw.copy()
         self._copy(self._there(pointer, len(raw), len(raw), 1), raw[None], stream or self._default)
 
+    def to_host(self, target: np.ndarray, pointer: int) -> None:
+        self.until_default_is_idle()
+        raw = target.reshape(-1).view(np.uint8)
+        assert self.written[pointer : pointer + len(raw)].all(), "what is copied was never written"
+        raw[:] = self.memory[pointer : pointer + len(raw)]
+
     def rows_to_device(self, pointer: int, pitch: int, source: np.ndarray, stream) -> None:
         self._copy(self._there(pointer, pitch, *source.shape[::-1]), source, stream)
 

@@ -54,8 +54,8 @@ def close(ours, exact, kv_cache: str) -> None:
     assert ours.argmax() == best or exact[best] - exact[ours.argmax()] < 0.02 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("swap", ["stream", "host", "auto", "unified"])
-def test_as_in_float64(kernels, weights, monkeypatch, swap):
+@pytest.mark.parametrize("swap, resident", [("stream", 1), ("host", 0), ("host", 1), ("auto", 1), ("unified", 1)])
+def test_as_in_float64(kernels, weights, monkeypatch, swap, resident):
     weights, kv_cache = weights
     rng = np.random.default_rng()
     if kv_cache == "int8":
@@ -65,7 +65,7 @@ def test_as_in_float64(kernels, weights, monkeypatch, swap):
     exact = {id(ids): reference.logits(weights.config, state, ids) for ids in (a, b)}
 
     cuda = device.install(monkeypatch, kernels, int(rng.integers(1 << 30)))
-    plan = replace(planned(weights, kv_cache, swap, 1), streams_from=4)
+    plan = replace(planned(weights, kv_cache, swap, resident), streams_from=4)
     on = gpu.Cuda(weights, plan, 1 << 40)
     model = Model(weights, CONTEXT, kv_cache=kv_cache, device=on)
     # Prompts of more than a chunk, single tokens and a few at once, so that auto changes between its ways again and again.

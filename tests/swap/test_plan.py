@@ -296,7 +296,8 @@ def test_blocks_for_the_host_keep_both_budgets(model, swap, share, of_ram):
         nbytes(block_tensors(config, coding)),
         plan.context * config.cache_bytes_per_token(kv_cache) // config.n_layer,
     )
-    assert plan.blocks[:count] == (kind,) * count and kind not in plan.blocks[count:]
+    if swap == "host":
+        assert plan.blocks[:count] == (kind,) * count and kind not in plan.blocks[count:]
     assert ram is None or not count or count * (block + cache) < plan.host_memory <= ram
     assert (STREAMED in plan.blocks) <= (ram is not None)
     here, slots = config.n_layer - count, plan.slots * (plan.slot + (cache if plan.streamed_blocks and count else 0))
@@ -308,15 +309,14 @@ def test_blocks_for_the_host_keep_both_budgets(model, swap, share, of_ram):
 @pytest.mark.parametrize("coding", [PLAIN, Coding("int8", "int8"), Coding("int4", "int8")], ids=str)
 @pytest.mark.parametrize("gib", [3, 4, 6, 8, 12, 16, 24, 32, 48, 80])
 def test_auto_is_as_fast_as_the_faster_one(coding, gib):
-    """Or nearly: it pays for the slots and what comes with them, and its streamed blocks are neighbours, during the others of
-    which the link rests."""
+    """Or nearly: it pays for the slots and what comes with them."""
     plans = {swap: make_plan(MOON, coding, 2048, gib * GIB, gpu=True, swap=swap).settled(CARD) for swap in ("host", "auto")}
     with contextlib.suppress(MossError):
         plans["stream"] = make_plan(MOON, coding, 2048, gib * GIB, gpu=True)
     auto = plans.pop("auto")
     assert auto.peak <= gib * GIB and auto.decode(CARD).tokens_s >= 0.7 * plans["host"].decode(CARD).tokens_s
     for plan in plans.values():
-        assert auto.prefill(CARD).tokens_s >= 0.6 * plan.prefill(CARD).tokens_s
+        assert auto.prefill(CARD).tokens_s >= 0.98 * plan.prefill(CARD).tokens_s
     if "stream" in plans and auto.host_blocks:
         assert auto.decode(CARD).tokens_s > 1.2 * plans["stream"].decode(CARD).tokens_s
 
@@ -368,4 +368,6 @@ def test_ram_that_does_not_hold_them():
     )
     plan = make_plan(MOON, PLAIN, 2048, 8 * GIB, gpu=True, swap="auto", ram=16 * GIB)
     assert 10 < plan.blocks.count(EITHER) < 18 and plan.blocks.count(STREAMED) > 8
+    streamed = [where == STREAMED for where in plan.blocks if where != RESIDENT]
+    assert all(1 <= 3 * sum(streamed[i : i + 3]) <= 6 for i in range(len(streamed) - 2))  # among the others
     assert make_plan(MOON, PLAIN, 2048, 8 * GIB, gpu=True, swap="auto", ram=0).host_blocks == []
