@@ -105,7 +105,9 @@ def _jobs() -> int:
 
 def _run(command: list[str], log: Path, watch: Callable[[], None]) -> int:
     """Run in a session of its own, so that leaving early ends the compilers too. Returns the exit code."""
-    environment = {name: value for name, value in os.environ.items() if name != "DISABLE_MULTIPROCESSING"}
+    # Not mpirun's: to MPI, this process is the one that was started.
+    left_out = ("DISABLE_MULTIPROCESSING", "OMPI_", "PMIX_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     with log.open("w") as out:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shutil
 import signal
 import ssl
 import sys
@@ -106,7 +107,7 @@ def _nvcc(device: str) -> str:
 
 
 def _import(nvcc: str, threads: int | None) -> ModuleType:
-    chosen = {"nvcc_path": nvcc, "python_config_path": str(requirements.python_config())}
+    chosen = {"nvcc_path": nvcc, "python_config_path": str(requirements.python_config()), **_mpi()}
     if threads or "OMP_NUM_THREADS" not in os.environ:
         chosen["OMP_NUM_THREADS"] = str(threads or cores().usable)
     cache = requirements.cache_folder()
@@ -127,6 +128,17 @@ def _import(nvcc: str, threads: int | None) -> ModuleType:
             why = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
             raise MossError(f"Jittor cannot be imported ({why}); to compile it afresh: rm -r '{cache}'") from e
     return jittor
+
+
+def _mpi() -> dict[str, str]:
+    """What Jittor needs in a process that Open MPI's mpirun started: it asks for its MPI then, whether that is on or not."""
+    if "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        return {}
+    if not (os.environ.get("mpicc_path") or shutil.which("mpicc")):  # noqa: SIM112 (Jittor's own name)
+        raise MossError(
+            "mpirun started this, and mpicc, to compile Jittor's MPI with, is missing: sudo apt-get install libopenmpi-dev"
+        )
+    return {"use_mpi": "1"}
 
 
 def _python() -> str:

@@ -198,6 +198,18 @@ def test_environment_of_the_import(monkeypatch):
     assert dict(os.environ) == before
 
 
+def test_started_by_mpirun(monkeypatch):
+    monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("mpicc_path", raising=False)
+    assert runtime._mpi() == {}
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(MossError, match="mpicc.*is missing: sudo apt-get install libopenmpi-dev"):
+        runtime._mpi()
+    monkeypatch.setenv("mpicc_path", "/opt/mpi/bin/mpicc")
+    assert runtime._mpi() == {"use_mpi": "1"}
+
+
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     flags = SimpleNamespace(cache_path=str(tmp_path))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
 import click
 
@@ -116,17 +118,34 @@ def _sft(**options: Any) -> None:
     Stopped anywhere, the same command goes on after the last checkpoint and gives the same numbers. The result is a folder in
     output_dir: model, which chat -m opens, or with --lora_rank adapter, which chat --adapter adds to the same model.
     """
+    from ..train.group import started
+    from ..train.sft import prepare
+
+    settings, (rank, processes) = _settings(options), started()
+    try:
+        prepared = prepare(settings)
+        if not rank:
+            _say_data(prepared)
+        done = _train(prepared, first=not rank)
+    except MossError as e:
+        if processes == 1:
+            raise
+        _end_all(e, rank)
+    if done:
+        click.echo(done)
+
+
+def _train(prepared: Prepared, first: bool) -> Path | None:
+    """``first``: whether this is the process that shows how far it is."""
     from ..train.loop import Stopped
-    from ..train.sft import prepare, run
+    from ..train.sft import run
     from .train_screen import Screen
 
-    settings = _settings(options)
-    prepared = prepare(settings)
-    _say_data(prepared)
-    with _Stop() as stop, Screen() as screen:
+    with _Stop(first) as stop, Screen() as screen:
 
         def began(begun: Begun) -> None:
-            screen.began(begun)
+            if first:
+                screen.began(begun)
             stop.arm()
 
         def publishing(done: int, total: int) -> None:
@@ -134,12 +153,21 @@ def _sft(**options: Any) -> None:
             screen.publishing(done, total)
 
         try:
-            done = run(prepared, [screen], screen.saved, lambda: stop.asked, publishing, began)
+            return run(prepared, [screen], screen.saved, lambda: stop.asked, publishing, began)
         except Stopped:
             screen.close()
-            ui.note("Stopped. The same command goes on from here.")
-            sys.exit(128 + stop.signal)
-    click.echo(done)
+            if first:
+                ui.note("Stopped. The same command goes on from here.")
+            sys.exit(128 + (stop.signal or signal.SIGTERM))
+
+
+def _end_all(error: MossError, rank: int) -> NoReturn:
+    """End a process that others wait for, and with it, through mpirun, those. What several of them met, the first one says."""
+    if rank:
+        time.sleep(5)
+    click.echo(f"moss-jt: {error}", err=True)
+    sys.stderr.flush()
+    os._exit(1)  # in the ordinary way, MPI would wait for the others
 
 
 def _settings(options: dict[str, Any]) -> Settings:
@@ -175,10 +203,11 @@ def _left_out(data: Conversations) -> Iterator[str]:
 
 
 class _Stop:
-    """While it is armed, the first Ctrl-C, or SIGTERM, asks to stop where nothing is lost. A second one stops at once."""
+    """While it is armed, the first Ctrl-C, or SIGTERM, asks to stop where nothing is lost. A second one stops at once.
+    ``says``: whether that is said."""
 
-    def __init__(self) -> None:
-        self.asked, self.signal = False, 0
+    def __init__(self, says: bool) -> None:
+        self.asked, self.signal, self._says = False, 0, says
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Stop:
@@ -199,7 +228,8 @@ class _Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked, self.signal = True, number
-        ui.note("Stopping after this batch, and saving a checkpoint. Once more stops at once, without.")
+        if self._says:
+            ui.note("Stopping after this batch, and saving a checkpoint. Once more stops at once, without.")
 
 
 @command.command("merge")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Callable, Protocol
 
@@ -12,6 +13,7 @@ import numpy as np
 from ..errors import MossError
 from .batch import NO_LOSS, Measured
 from .data import Conversations, Order, in_file_order
+from .group import Group
 from .schedule import cosine
 from .settings import Settings
 
@@ -64,7 +66,8 @@ class Stopped(Exception):
 
 
 class Training:
-    """One, from wherever ``position`` is. ``save(position)`` writes a checkpoint; ``stopping()``: whether to stop.
+    """One, from wherever ``position`` is. ``save(position)`` writes a checkpoint; ``stopping()``: whether to stop. ``group``:
+    the processes that share its batches; each has the same weights and takes the same steps.
 
     A step that was begun leaves no trace unless it is finished, so what is saved is always the state between two steps.
     """
@@ -80,16 +83,19 @@ class Training:
         watchers: list[Watcher],
         position: Position | None = None,
         stopping: Callable[[], bool] = lambda: False,
+        group: Group | None = None,
     ):
+        self._group = group or Group()
         self._settings, self._trainee, self._optimizer, self._train, self._val = settings, trainee, optimizer, train, val
-        self._order = Order(train.lengths, settings.train_bsz_per_gpu, settings.gradient_accumulation_steps, settings.seed)
+        accumulated = settings.gradient_accumulation_steps * self._group.size
+        self._order = Order(train.lengths, settings.train_bsz_per_gpu, accumulated, settings.seed)
         self.steps = settings.n_epochs * self._order.steps_per_epoch
-        self._position, self._save, self._watchers, self._stopping = position or Position(), save, watchers, stopping
-        self._saved = self._position.step
+        self.position, self._save, self._watchers, self._stopping = position or Position(), save, watchers, stopping
+        self._saved = self.position.step
 
     def run(self) -> None:
         """To the end, and a checkpoint there. Raises Stopped, and MossError where numbers overflow or a disk is full."""
-        at = self._position
+        at = self.position
         try:
             self._evaluate_if_due()  # an evaluation may have been interrupted
             while at.step < self.steps:
@@ -103,19 +109,23 @@ class Training:
         self._checkpoint()
 
     def _checkpoint(self) -> None:
-        if self._position.step != self._saved:
-            self._position.dropout_state = self._trainee.dropout_state
-            self._save(self._position)
-            self._saved = self._position.step
+        if self.position.step != self._saved:
+            self.position.dropout_state = self._trainee.dropout_state
+            self._save(self.position)
+            self._saved = self.position.step
 
-    def _check_stop(self) -> None:
-        if self._stopping():
-            raise Stopped
+    def _mine(self, parts: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        """This process's ones, numbered among all. Raises Stopped, in all processes at once, where one is asked to stop."""
+        for first in range(0, len(parts), self._group.size):
+            if self._group.any(self._stopping()):
+                raise Stopped
+            if (number := first + self._group.rank) < len(parts):
+                yield number, parts[number]
 
     # ---- a step --------------------------------------------------------------------------------------------------------------
 
     def _take_step(self) -> None:
-        at, start = self._position, time.monotonic()
+        at, start = self.position, time.monotonic()
         measured = self._gradients(self._order.step(at.step))
         norm = self._trainee.gradient_norm()
         if not (math.isfinite(norm) and math.isfinite(measured.loss)):
@@ -134,22 +144,26 @@ class Training:
 
     def _gradients(self, parts: list[np.ndarray]) -> Measured:
         """Those of the mean over all tokens of the step that count, however they fall on its batches. Returns sums."""
-        batches = [self._train.batch(which) for which in parts]
-        tokens = sum(int((batch.labels != NO_LOSS).sum()) for batch in batches)
-        self._trainee.zero_gradients()
-        dropout, total = self._trainee.dropout_state, Measured(0.0, 0, 0)
-        for batch in batches:
-            if self._stopping():
-                self._trainee.dropout_state = dropout
-                raise Stopped
-            found = self._trainee.train(batch, 1 / tokens)
-            total = Measured(*(a + b for a, b in zip(total, found)))
-        return total
+        trainee, start, most = self._trainee, self._trainee.dropout_state, self._settings.train_bsz_per_gpu
+        tokens = sum(int((self._train.batch(which).labels != NO_LOSS).sum()) for which in parts)
+        trainee.zero_gradients()
+        total = Measured(0.0, 0, 0)
+        try:
+            for number, which in self._mine(parts):
+                trainee.dropout_state = start + number * most  # a batch is divided into so many at most
+                found = trainee.train(self._train.batch(which), 1 / tokens)
+                total = Measured(*(a + b for a, b in zip(total, found)))
+        except Stopped:
+            trainee.dropout_state = start
+            raise
+        trainee.dropout_state = start + len(parts) * most
+        self._group.add(p.gradient for p in trainee.parameters.values())
+        return Measured(*self._group.sums(*total))
 
     # ---- evaluation ----------------------------------------------------------------------------------------------------------
 
     def _evaluate_if_due(self) -> None:
-        at = self._position
+        at = self.position
         due = at.step and (at.step % self._settings.eval_step == 0 or at.step == self.steps)
         if self._val is not None and due and at.evaluated != at.step:
             self._tell("evaluation", self._evaluate(self._val))
@@ -158,13 +172,13 @@ class Training:
     def _evaluate(self, val: Conversations) -> Evaluation:
         start, parts = time.monotonic(), list(in_file_order(len(val), self._settings.eval_bsz_per_gpu))
         found = []
-        for which in parts:
-            self._check_stop()
+        for number, which in self._mine(parts):
             found.append(self._trainee.measure(val.batch(which)))
-            self._tell("evaluating", len(found), len(parts))
-        loss = sum(m.loss / m.tokens for m in found) / len(found)
-        acc = sum(m.right for m in found) / sum(m.tokens for m in found)
-        return Evaluation(self._position.step, loss, acc, time.monotonic() - start)
+            self._tell("evaluating", min(number + self._group.size, len(parts)), len(parts))
+        sums = [sum(m.loss / m.tokens for m in found), sum(m.right for m in found), sum(m.tokens for m in found)]
+        loss, right, tokens = self._group.sums(*sums)
+        loss, acc = loss / len(parts), right / tokens
+        return Evaluation(self.position.step, loss, acc, time.monotonic() - start)
 
     def _tell(self, what: str, *news: Any) -> None:
         for watcher in self._watchers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -13,6 +14,7 @@ from ..tokenizer import load_tokenizer
 from ..weights import Weights, open_weights
 from .checkpoints import Checkpoints
 from .data import Conversations, read_conversations
+from .group import Group, join, started
 from .logs import Logs
 from .loop import Position, Training, Watcher
 from .result import Adapter, Progress, Whole
@@ -46,6 +48,7 @@ def prepare(settings: Settings) -> Prepared:
         **settings.deciding,
         "model": source_record([region.path for region in weights.regions.values()]),
         "train.jsonl": train.digest,
+        "processes": started()[1],
     }
     return Prepared(settings, weights, train, val, Checkpoints(settings.output_dir, record, settings.keep))
 
@@ -57,39 +60,58 @@ def run(
     stopping: Callable[[], bool] = lambda: False,
     progress: Progress | None = None,
     began: Callable[[Begun], None] = lambda begun: None,
-) -> Path:
-    """Train, from the last checkpoint if there is one, and return the result's folder.
+) -> Path | None:
+    """Train, from the last checkpoint if there is one, and return the result's folder. Where mpirun started several processes,
+    they train together; the first one writes, is watched, and has the result, None is the others'.
 
     ``began``: told of the training before its first step. ``saved``: told of each checkpoint. ``stopping``: asked between
-    batches. ``progress``: of writing the result, in bytes. Raises loop.Stopped where it was asked to stop, MossError for
-    what the user can mend.
+    batches. ``progress``: of writing the result, in bytes. Raises loop.Stopped where it was asked to stop, in all processes,
+    MossError for what the user can mend; whoever raised that must end at once, since the others wait for it.
     """
+    group, checkpoints = join(), prepared.checkpoints
+    with checkpoints.locked() if group.leads else nullcontext():
+        trained, training, logs = _begin(prepared, group, watchers if group.leads else (), saved, stopping)
+        try:
+            count = trained.nbytes // 4  # in float32
+            began(Begun(training.steps, training.position, count, bool(logs and logs.has_tensorboard)))
+            training.run()
+        finally:
+            if logs:
+                logs.close()
+        if not group.leads:
+            return None
+        return trained.publish(checkpoints.all()[-1], prepared.settings.output_dir, progress)
+
+
+def _begin(
+    prepared: Prepared, group: Group, watchers: Iterable[Watcher], saved: Callable[[Path], None], stopping: Callable[[], bool]
+) -> tuple[Adapter | Whole, Training, Logs | None]:
+    """What is learned, its training, from the last checkpoint on, and the logs that it writes."""
     settings, checkpoints = prepared.settings, prepared.checkpoints
-    with checkpoints.locked():
-        if settings.resume is False:
-            checkpoints.clear()
-        last = checkpoints.latest()
-        if settings.resume and last is None:
-            raise MossError(f"{settings.output_dir}: holds no checkpoint to resume from")
-        trainee, optimizer = make(prepared)
-        base, parameters = prepared.weights, trainee.parameters
-        trained = Adapter(base, settings.lora, parameters) if settings.lora else Whole(base.folder, parameters, settings.dtype)
-        position = checkpoints.load(last, trained, optimizer) if last else Position()
-        trainee.dropout_state = position.dropout_state
+    if group.leads and settings.resume is False:
+        checkpoints.clear()
+    group.wait()
+    last = checkpoints.latest()
+    if settings.resume and last is None:
+        raise MossError(f"{settings.output_dir}: holds no checkpoint to resume from")
+    trainee, optimizer = make(prepared)
+    base, parameters = prepared.weights, trainee.parameters
+    trained = Adapter(base, settings.lora, parameters) if settings.lora else Whole(base.folder, parameters, settings.dtype)
+    position = checkpoints.load(last, trained, optimizer) if last else Position()
+    trainee.dropout_state = position.dropout_state
+    logs = None
+    if group.leads:
         checkpoints.check_room(trained, optimizer)
         logs = Logs(settings.logs, position)
 
-        def save(position: Position) -> None:
+    def save(position: Position) -> None:
+        if group.leads:
             saved(checkpoints.save(position, trained, optimizer))
+        group.wait()
 
-        try:
-            both = [logs, *watchers]
-            training = Training(settings, trainee, optimizer, prepared.train, prepared.val, save, both, position, stopping)
-            began(Begun(training.steps, position, sum(p.value.size for p in parameters.values()), logs.has_tensorboard))
-            training.run()
-        finally:
-            logs.close()
-        return trained.publish(checkpoints.all()[-1], settings.output_dir, progress)
+    both = [logs, *watchers] if logs else []
+    training = Training(settings, trainee, optimizer, prepared.train, prepared.val, save, both, position, stopping, group)
+    return trained, training, logs
 
 
 @dataclass(frozen=True)
