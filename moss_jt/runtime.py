@@ -31,7 +31,6 @@ _ENVIRONMENT = {
     "use_cutlass": "0",
     "use_nccl": "0",
     "use_mpi": "0",
-    "cache_name": "default",  # not the git branch that its own folder happens to be in
     "conv_opt": "1",  # of CUDA's libraries only cublas and curand
     "gdb_path": "",  # no debugger attached to a crash
     "FIX_TORCH_ERROR": "0",  # does not import torch where that is installed
@@ -107,7 +106,7 @@ def _nvcc(device: str) -> str:
 
 
 def _import(nvcc: str, threads: int | None) -> ModuleType:
-    chosen = {"nvcc_path": nvcc, "python_config_path": str(requirements.python_config()), **_mpi()}
+    chosen = {"nvcc_path": nvcc, "python_config_path": str(requirements.python_config()), **_core(nvcc), **_mpi()}
     if threads or "OMP_NUM_THREADS" not in os.environ:
         chosen["OMP_NUM_THREADS"] = str(threads or cores().usable)
     cache = requirements.cache_folder()
@@ -139,6 +138,12 @@ def _mpi() -> dict[str, str]:
             "mpirun started this, and mpicc, to compile Jittor's MPI with, is missing: sudo apt-get install libopenmpi-dev"
         )
     return {"use_mpi": "1"}
+
+
+def _core(nvcc: str) -> dict[str, str]:
+    """A core's cache: where the CPU's has been compiled, Jittor imports that one in place of CUDA's in the same cache. Without
+    a name it would be the git branch that Jittor's own folder happens to be in."""
+    return {"cache_name": os.environ.get("cache_name") or ("cuda" if nvcc else "default")}
 
 
 def _python() -> str:

@@ -179,6 +179,14 @@ def test_cuda_asked_after_the_cpu(fresh, monkeypatch, choice, why):
         runtime.jittor("cuda")
 
 
+def test_each_core_has_a_cache(monkeypatch):
+    monkeypatch.delenv("cache_name", raising=False)
+    assert runtime._core("") == {"cache_name": "default"}
+    assert runtime._core("/c/nvcc") == {"cache_name": "cuda"}
+    monkeypatch.setenv("cache_name", "mine")
+    assert runtime._core("/c/nvcc") == {"cache_name": "mine"}
+
+
 def test_a_jittor_that_computes_garbage_is_not_taken_over(fresh, monkeypatch):
     monkeypatch.setitem(sys.modules, "jittor", SimpleNamespace(has_cuda=0))
     monkeypatch.setattr(requirements, "numpy", lambda: requirements.Finding("numpy", "problem", "numpy 2", "pip"))
@@ -204,7 +212,7 @@ def test_started_by_mpirun(monkeypatch):
     monkeypatch.delenv("mpicc_path", raising=False)
     assert runtime._mpi() == {}
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with pytest.raises(MossError, match="mpicc.*is missing: sudo apt-get install libopenmpi-dev"):
+    with pytest.raises(MossError, match=r"mpicc.*is missing: sudo apt-get install libopenmpi-dev"):
         runtime._mpi()
     monkeypatch.setenv("mpicc_path", "/opt/mpi/bin/mpicc")
     assert runtime._mpi() == {"use_mpi": "1"}
