@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <iterator>
+#include <vector>
 
 #include "attention.cuh"
 #include "embedding.cuh"
@@ -33,6 +34,19 @@ struct HeadTensors {
     Matrix weight;
     int64_t first, rows;  // of lm_head's; `bias` is theirs, too
 };
+
+// Addresses from here on count from the beginning of something that is moved about.
+constexpr uint64_t MOVED = 1ull << 62;
+
+// A table for a launch, where that something is at `moved`.
+template <class Tensors> std::vector<Tensors> located(const Tensors* table, int64_t n, const void* moved) {
+    static_assert(sizeof(Tensors) % 8 == 0, "fields of 8 bytes");
+    std::vector<Tensors> found(table, table + n);
+    uint64_t* const field = (uint64_t*)found.data();
+    for (uint64_t* f = field; f < field + n * sizeof(Tensors) / 8; f++)
+        if (*f >= MOVED) *f += (uint64_t)moved - MOVED;
+    return found;
+}
 
 struct ModelSizes {
     int64_t D, I, V, heads, rotary, context;       // context: tokens that a cache has room for

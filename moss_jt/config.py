@@ -13,7 +13,7 @@ MP_NUM = 4
 # No size is larger than this in any model; a damaged number must not make us plan for a million blocks.
 _LARGEST, _MOST_BLOCKS = 1 << 24, 1000
 KV_CACHES = ("fp16", "int8")  # how keys and values may be kept
-SWAPS = ("auto", "stream", "host", "unified")  # what may become of blocks that do not fit a GPU
+SWAPS = ("auto", "stream", "host", "unified", "jittor")  # what may become of blocks that do not fit a GPU
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,9 @@ sys.exit({_IMPORTED})
 _FLAGS = ("cc_flags", "nvcc_path", "nvcc_flags", "kernel_flags", "debug", "enable_lto", "python_config_path")
 
 
-def ensure(cache: Path, jittor: Path, cuda: bool) -> None:
+def ensure(cache: Path, jittor: Path, cuda: bool, what: str = "Jittor") -> None:
     """Compile Jittor's core unless ``cache``, its own folder below ~/.cache/jittor, has it; ``jittor``: where it is installed.
+    ``what``: as what it is shown.
 
     Raises MossError, naming the log, where it cannot be compiled. Ctrl-C ends it at once; the next start goes on with it.
     """
@@ -61,7 +62,7 @@ def ensure(cache: Path, jittor: Path, cuda: bool) -> None:
     if before and before["libraries"] != _libraries(cache):  # cut short after they were complete: to be linked afresh
         for name in before["libraries"]:
             (cache / name).unlink(missing_ok=True)
-    _compile(cache, cuda)
+    _compile(cache, cuda, what)
     stamp.write_text(json.dumps(_state(cache, jittor)))
 
 
@@ -83,11 +84,11 @@ def _read(stamp: Path) -> dict | None:
         return None
 
 
-def _compile(cache: Path, cuda: bool) -> None:
+def _compile(cache: Path, cuda: bool, what: str) -> None:
     log = cache / f"moss-jt-{os.getpid()}.log"  # others may be waiting for the same
     jobs = _jobs()
     command = [sys.executable, "-c", _CHILD, json.dumps(sys.path), str(jobs)]
-    with _shown(_SERIAL_SECONDS + _OBJECT_SECONDS / jobs) as show:
+    with _shown(what, _SERIAL_SECONDS + _OBJECT_SECONDS / jobs) as show:
         for _ in range(3):
             code = _run(command, log, lambda: show(_fraction(cache, cuda)))
             if code:
@@ -141,10 +142,10 @@ def reason(log: Path) -> str:
 
 
 @contextmanager
-def _shown(seconds: float) -> Iterator[Callable[[float], None]]:
+def _shown(what: str, seconds: float) -> Iterator[Callable[[float], None]]:
     """Gives a function to call with the fraction done, often. What takes less than _PATIENCE is not worth a word."""
     about = "about a minute" if seconds < 90 else f"about {seconds / 60:.0f} minutes"
-    title, start, bar = f"compiling Jittor (first run only, {about})", time.monotonic(), None
+    title, start, bar = f"compiling {what} (first run only, {about})", time.monotonic(), None
 
     def show(fraction: float) -> None:
         nonlocal bar
@@ -159,7 +160,7 @@ def _shown(seconds: float) -> Iterator[Callable[[float], None]]:
         if bar:
             bar.close()
     if bar:  # and nothing was raised
-        print(f"moss-jt: Jittor is compiled ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
+        print(f"moss-jt: {what} is compiled ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
 
 
 class _Bar:

@@ -43,9 +43,9 @@ def load(
     what the keys and values of tokens are kept. vram: the most of a GPU's memory, besides what CUDA itself takes there; weights
     that do not fit wait in RAM, or on disk; None: what is free less a margin. swap: what becomes of those: ``"stream"``: they
     are brought for every sweep; ``"host"``: the CPU computes with them; ``"auto"``: what is faster, sweep by sweep;
-    ``"unified"``: the driver moves them, told ahead. planned: is called with the plan, what lives where, before weights are
-    brought anywhere. adapter: the folder of a LoRA adapter that was trained for this model; the CPU computes it beside the
-    weights.
+    ``"unified"``: the driver moves them, told ahead; ``"jittor"``: Jittor does, by itself. planned: is called with the plan,
+    what lives where, before weights are brought anywhere. adapter: the folder of a LoRA adapter that was trained for this
+    model; the CPU computes it beside the weights.
 
     Raises MossError where the folder, the device, a budget or this machine's setup is at fault. The first call on a machine
     compiles for minutes, and says so on stderr.

@@ -40,6 +40,7 @@ _ENVIRONMENT = {
     "GOMP_SPINCOUNT": "1000",
     "DISABLE_MULTIPROCESSING": "1",  # no pool of compiler processes, kept until the end even where all is compiled
 }
+_SAVE_MEM = "-DJT_SAVE_MEM"  # compiles its own swapping in: docs/memory.md
 # Jittor takes these over, and then ends the process on Ctrl-C or when any child of it is killed.
 _SIGNALS = ("SIGINT", "SIGCHLD", "SIGQUIT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL")
 
@@ -47,23 +48,27 @@ _lock = threading.RLock()
 _module: ModuleType | None = None
 
 
-def jittor(device: str = "auto", threads: int | None = None) -> ModuleType:
+def jittor(device: str = "auto", threads: int | None = None, save_mem: bool = False) -> ModuleType:
     """The imported ``jittor`` module. The first call on a machine compiles for minutes and says so; later ones return at once.
 
     device: ``cuda`` has CUDA compiled in, ``cpu`` has not, ``auto`` has it where a device answers and Jittor can use its
     toolkit; where only the toolkit is wanting, one line on stderr says why. What is imported first stays for the process.
     threads: for OpenMP, of the calling thread's ops from now on. By default OMP_NUM_THREADS, or else every usable core.
+    save_mem: with CUDA, whatever the device, and Jittor's own swapping compiled in, which is a core of its own.
     Raises MossError where something is missing, naming the fix, before Jittor is imported.
     """
     global _module
     if device not in ("auto", "cpu", "cuda"):
         raise MossError(f"device is {device!r}, expected auto, cpu or cuda")
+    device = "cuda" if save_mem else device
     with _lock:
         if _module is None:
-            _module = _adopted() if "jittor" in sys.modules else _imported(device, threads)
+            _module = _adopted() if "jittor" in sys.modules else _imported(device, threads, save_mem)
     if device == "cuda" and not _module.has_cuda:
         why = cuda.choose(cuda.driver()).reason or "start a new process for it"
         raise MossError(f"device cuda: Jittor was imported without CUDA in this process: {why}")
+    if save_mem and _SAVE_MEM not in _module.flags.cc_flags:
+        raise MossError("swap jittor: Jittor was imported without its own swapping in this process: start a new process for it")
     if threads:
         ctypes.CDLL(None).omp_set_num_threads(threads)
     return _module
@@ -77,16 +82,16 @@ def _adopted() -> ModuleType:
     return sys.modules["jittor"]
 
 
-def _imported(device: str, threads: int | None) -> ModuleType:
+def _imported(device: str, threads: int | None, save_mem: bool) -> ModuleType:
     requirements.require()
     nvcc = _nvcc(device)
     try:
-        return _import(nvcc, threads)
+        return _import(nvcc, threads, save_mem)
     except MossError as e:
         if not nvcc or device == "cuda":
             raise
         _say(f"using the CPU, because with CUDA: {e}")
-        return _import("", threads)
+        return _import("", threads, False)
 
 
 def _nvcc(device: str) -> str:
@@ -105,8 +110,8 @@ def _nvcc(device: str) -> str:
     return str(toolkit.assemble(choice.kit, [found.capability for found in driver.devices]))
 
 
-def _import(nvcc: str, threads: int | None) -> ModuleType:
-    chosen = {"nvcc_path": nvcc, "python_config_path": str(requirements.python_config()), **_core(nvcc), **_mpi()}
+def _import(nvcc: str, threads: int | None, save_mem: bool) -> ModuleType:
+    chosen = {"nvcc_path": nvcc, "python_config_path": str(requirements.python_config()), **_core(nvcc, save_mem), **_mpi()}
     if threads or "OMP_NUM_THREADS" not in os.environ:
         chosen["OMP_NUM_THREADS"] = str(threads or cores().usable)
     cache = requirements.cache_folder()
@@ -117,7 +122,8 @@ def _import(nvcc: str, threads: int | None) -> ModuleType:
             # A toolkit that it once downloaded would have it start this process anew.
             jittor_utils.install_cuda.has_installation = lambda: False
             cache = Path(jittor_utils.cache_path)  # this compiler's, Python's and processor's part of it
-            first_compile.ensure(cache, Path(jittor_utils.__file__).parent.parent / "jittor", cuda=bool(nvcc))
+            package = Path(jittor_utils.__file__).parent.parent / "jittor"
+            first_compile.ensure(cache, package, bool(nvcc), "Jittor with its own swapping" if save_mem else "Jittor")
             import jittor
 
             jittor.flags.python_path = _python()
@@ -140,10 +146,13 @@ def _mpi() -> dict[str, str]:
     return {"use_mpi": "1"}
 
 
-def _core(nvcc: str) -> dict[str, str]:
-    """A core's cache: where the CPU's has been compiled, Jittor imports that one in place of CUDA's in the same cache. Without
-    a name it would be the git branch that Jittor's own folder happens to be in."""
-    return {"cache_name": os.environ.get("cache_name") or ("cuda" if nvcc else "default")}
+def _core(nvcc: str, save_mem: bool) -> dict[str, str]:
+    """What a core is compiled with, and its cache: where the CPU's has been compiled, Jittor imports that one in place of
+    CUDA's in the same cache. Without a name it would be the git branch that Jittor's own folder happens to be in."""
+    name, flags = (os.environ.get(variable) for variable in ("cache_name", "cc_flags"))
+    if save_mem:
+        return {"cache_name": f"{name}-save-mem" if name else "save-mem", "cc_flags": f"{flags or ''} {_SAVE_MEM}=1".strip()}
+    return {"cache_name": name or ("cuda" if nvcc else "default")}
 
 
 def _python() -> str:

@@ -109,6 +109,18 @@ def test_in_short(weights, monkeypatch):
     assert "of the GPU's memory" in places and "over the link" in moved and decode.endswith("the limit is link")
 
 
+def test_what_jittor_moves(capsys, tmp_path):
+    larger = write(tmp_path / "model", n_embd=512, n_layer=3)
+    model = (larger.config, larger.coding, 512)
+    budget = smallest(*model, gpu=True, swap="jittor")
+    args = (larger.folder, "--vram", budget, "--swap", "jittor", "--context", 512, "--no-measure")
+    code, out, err = run(capsys, *args)
+    assert (code, err) == (0, "") and "3 moved by Jittor □" in out and "1 at a time, which is Jittor's limit" in out
+    assert "of weights  " in out and "on disk, a row" in out and "the rest on disk" not in out
+    code, _, err = run(capsys, *args, "--ram", "8MiB")
+    assert code == 1 and err.count("\n") == 1 and "of RAM, and 8MiB can be used, a limit that Jittor would not keep" in err
+
+
 def test_jittor_is_not_imported(weights):
     code = (
         "import sys\nfrom moss_jt.cli import main\n"

@@ -162,7 +162,7 @@ vram, ram = (int(size) if size != "None" else None for size in sys.argv[2:4])
 speeds.measured, devices.link_bandwidth = (lambda *which: Speeds(1e12, 1e9, 1e11)), (lambda: 10e9)
 mark("import")
 from moss_jt.runtime import jittor
-jittor("cuda")
+jittor("cuda", save_mem=sys.argv[4] == "jittor")
 before = cudart.memory_info()[0]
 mark("load")
 device = open_device(weights, 64, ram, kv_cache="int8", device="cuda", vram=vram, swap=sys.argv[4])
@@ -309,3 +309,62 @@ def test_unified_memory(weights):
     moved = re.findall(r"prefetch (\d+) location (\d) 0 stream (\w+)", both)
     assert [where for _, where, _ in moved] == ["2", "1"] * (2 * len(parts)) and len({stream for _, _, stream in moved}) == 1
     assert max(copied(both, 1)) < 100_000 and "managed" not in both
+
+
+# ---- Jittor's own swapping ---------------------------------------------------------------------------------------------------
+
+# Device memory is the host's here, so that an op's host code can look at what Jittor brought.
+LENT = r"""
+import json, sys
+import numpy as np
+from moss_jt.runtime import jittor
+from moss_jt.swap import make_plan
+from moss_jt.swap.by_jittor import ByJittor
+from moss_jt.weights import open_weights
+
+jt = jittor("cuda", save_mem=True)
+weights = open_weights(sys.argv[1])
+plan = make_plan(weights.config, weights.coding, 64, int(sys.argv[2]), gpu=True, swap="jittor")
+lender = ByJittor(weights, plan, 0)
+most, seen, where = 0, [], []
+for sweep in range(3):
+    for item, source in lender._sources.items():
+        where.append(lender.moved(item).location())
+        with jt.flag_scope(use_cuda=1, lazy_execution=1, no_grad=1):
+            copy = "memcpy(out_p, in0_p, 4 * in0_shape0);"
+            found = jt.code(lender.moved(item).shape, "float32", [lender.moved(item)], cuda_src=copy).numpy()
+        expected = np.zeros(4 * len(found), np.uint8)
+        source.fetch(expected)
+        seen.append(found.tobytes() == expected.tobytes())
+        del found
+        most = max(most, jt.get_mem_info().total_cuda_used)
+print(json.dumps({"seen": seen, "where": where, "most": most, "limit": jt.flags.device_mem_limit, "slot": plan.slot}))
+"""
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    """14 MB a block."""
+    sizes = {"n_embd": 768, "n_head": 4, "n_layer": 6}
+    return models.write(tmp_path_factory.mktemp("stub-model") / "larger", **sizes)
+
+
+def test_jittor_keeps_its_limit_and_every_byte(larger):
+    least = smallest(larger.config, larger.coding, 64, gpu=True, swap="jittor")
+    env = {**os.environ, "LD_LIBRARY_PATH": str(STUB / "lib64"), "nvcc_path": str(STUB / "bin/nvcc")}
+    command = [sys.executable, "-c", LENT, str(larger.folder), str(least + (16 << 20))]
+    answer = json.loads(subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    assert all(answer["seen"]) and len(answer["seen"]) == 3 * 7
+    assert set(answer["where"][:7]) == {"cpu"} and set(answer["where"][7:]) == {"cpu", "device"}
+    assert 2 * answer["slot"] < answer["most"] <= answer["limit"]
+
+
+def test_jittor_moves_a_model(larger):
+    """Of 7 parts 3 are there at a time; the others, and one more, come and go for every token."""
+    least = smallest(larger.config, larger.coding, 64, "int8", True, "jittor")
+    answer, log = run_model(larger, least + (16 << 20), swap="jittor")
+    assert answer["streams"] and answer["streamed"] == list(range(6)) and len(answer["ranges"]) == 1
+    both = log["token"] + log["token again"]
+    for kind in (1, 2):
+        moved = [size for size in copied(both, kind) if size > 1 << 20]
+        assert len(moved) == 2 * (7 - 3 + 1) and max(moved) <= answer["slot"]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,7 +63,7 @@ def test_as_on_the_cpu(tmp_path, coding, kv_cache, sizes):
 
 
 @pytest.mark.parametrize("kv_cache", ["fp16", "int8"])
-@pytest.mark.parametrize("swap", SWAPS)
+@pytest.mark.parametrize("swap", [swap for swap in SWAPS if swap != "jittor"])
 @pytest.mark.parametrize("share", [0, 0.4])
 def test_blocks_that_do_not_fit(tmp_path, monkeypatch, swap, kv_cache, share):
     """Within the least there may be, and with some blocks resident; auto with tokens for both of its ways."""
@@ -80,6 +83,26 @@ def test_blocks_that_do_not_fit(tmp_path, monkeypatch, swap, kv_cache, share):
         ours, exact = gpu.logits(ids[:end])[0], cpu.logits(ids[:end])[0]
         assert error(ours, exact) < 3e-3 and ours.argmax() == exact.argmax()
     assert gpu.device.peak <= gpu.device.plan.peak
+
+
+def test_blocks_that_jittor_moves(tmp_path):
+    """In a process of its own, for whose Jittor it is compiled in."""
+    folder = models.write(tmp_path / "model", n_embd=1024, n_head=4).folder
+    code = f"from tests.test_gpu_model import jittor_moves; jittor_moves({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def jittor_moves(folder: str) -> None:
+    weights = open_weights(folder)
+    least = smallest(weights.config, weights.coding, CONTEXT, gpu=True, swap="jittor")
+    on = open_device(weights, CONTEXT, device="cuda", vram=least + (30 << 20), swap="jittor")
+    assert on.plan.slots == 2 and len(on.plan.streamed_blocks) == 5
+    gpu, cpu = Model(weights, CONTEXT, device=on), Model(weights, CONTEXT, device=Host(weights, CONTEXT))
+    ids = np.random.default_rng().integers(0, 2100, 200)
+    for end in (30, 31, 32, 60, 61, 65, 200):
+        ours, exact = gpu.logits(ids[:end])[0], cpu.logits(ids[:end])[0]
+        assert error(ours, exact) < 3e-3 and ours.argmax() == exact.argmax()
+    assert on.peak <= on.plan.peak
 
 
 def test_the_likeliest_are_those_of_all_logits(tmp_path):

@@ -109,7 +109,12 @@ def test_damaged_after_its_compile(tmp_path):
 def fresh(monkeypatch):
     """As in a process that has not imported Jittor; importing it gives the nvcc it was imported with."""
     monkeypatch.setattr(runtime, "_module", None)
-    monkeypatch.setattr(runtime, "_import", lambda nvcc, threads: SimpleNamespace(nvcc=nvcc, has_cuda=bool(nvcc)))
+
+    def imported(nvcc, threads, save_mem):
+        flags = runtime._core(nvcc, save_mem).get("cc_flags", "")
+        return SimpleNamespace(nvcc=nvcc, has_cuda=bool(nvcc), flags=SimpleNamespace(cc_flags=f" -Wall {flags} "))
+
+    monkeypatch.setattr(runtime, "_import", imported)
     monkeypatch.setattr(toolkit, "assemble", lambda kit, capabilities: f"{kit.nvcc} for {capabilities}")
     monkeypatch.delenv("nvcc_path", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "jittor"]:
@@ -158,7 +163,7 @@ def test_cuda_that_the_environment_turns_off(fresh, monkeypatch):
 
 
 def test_cuda_that_does_not_compile(fresh, monkeypatch, capsys):
-    def fail(nvcc, threads):
+    def fail(nvcc, threads, save_mem):
         if nvcc:
             raise MossError("Jittor cannot be compiled: boom")
         return SimpleNamespace(has_cuda=0)
@@ -179,12 +184,31 @@ def test_cuda_asked_after_the_cpu(fresh, monkeypatch, choice, why):
         runtime.jittor("cuda")
 
 
+def test_its_own_swapping(fresh, monkeypatch):
+    """Only in the process whose Jittor was compiled with it."""
+    machine(monkeypatch, GPU, FIT)
+    jt = runtime.jittor(save_mem=True)
+    assert jt.nvcc == USED and runtime.jittor() is runtime.jittor(save_mem=True) is jt
+    monkeypatch.setattr(runtime, "_module", None)
+    runtime.jittor("cuda")
+    with pytest.raises(MossError, match="without its own swapping in this process: start a new process for it"):
+        runtime.jittor("cuda", save_mem=True)
+    monkeypatch.setattr(runtime, "_module", None)
+    machine(monkeypatch, NO_GPU, FIT)
+    with pytest.raises(MossError, match="device cuda: no NVIDIA driver is installed"):
+        runtime.jittor(save_mem=True)
+
+
 def test_each_core_has_a_cache(monkeypatch):
-    monkeypatch.delenv("cache_name", raising=False)
-    assert runtime._core("") == {"cache_name": "default"}
-    assert runtime._core("/c/nvcc") == {"cache_name": "cuda"}
+    for name in ("cache_name", "cc_flags"):
+        monkeypatch.delenv(name, raising=False)
+    assert runtime._core("", False) == {"cache_name": "default"}
+    assert runtime._core("/c/nvcc", False) == {"cache_name": "cuda"}
+    assert runtime._core("/c/nvcc", True) == {"cache_name": "save-mem", "cc_flags": "-DJT_SAVE_MEM=1"}
     monkeypatch.setenv("cache_name", "mine")
-    assert runtime._core("/c/nvcc") == {"cache_name": "mine"}
+    monkeypatch.setenv("cc_flags", "-g")
+    assert runtime._core("/c/nvcc", False) == {"cache_name": "mine"}
+    assert runtime._core("/c/nvcc", True) == {"cache_name": "mine-save-mem", "cc_flags": "-g -DJT_SAVE_MEM=1"}
 
 
 def test_a_jittor_that_computes_garbage_is_not_taken_over(fresh, monkeypatch):

@@ -93,7 +93,7 @@ def figures(weights: Weights, case: Case, seconds: float) -> dict:
     """The figures of a case, measured here. Raises MossError where it cannot be, or would be that of another case."""
     case = replace(case, context=min(case.context, weights.config.n_ctx))
     budget = _budget(weights, case)
-    jittor(case.device)
+    jittor(case.device, save_mem=case.swap == "jittor")
     gpu = case.device == "cuda"
     (page_cache.fill if case.budget is None else page_cache.drop)(weights)
     link = [_link(weights, gpu)]

@@ -116,7 +116,7 @@ def _measure(work: Any, as_json: bool, threads: int | None, repeat: int, device:
     threads = threads or machine.cores().usable
     with stopping_cleanly(), _weights(work, **source) as weights:
         found = {"bench": type(work).__name__.lower(), "model": str(source["model"] or "random"), **about(weights, threads)}
-        jittor(device or "cpu", threads)
+        jittor(device or "cpu", threads, save_mem=getattr(work, "swap", None) == "jittor")
         on = {"device": device} if device else {}
         found.update(work.run(weights, threads, repeat, **on))
     if as_json:

@@ -143,16 +143,21 @@ def _places(plan: Plan, budget: str) -> Table:
         "KV cache": f"{plan.context} tokens in {plan.kv_cache}",
         "blocks": _blocks(plan),
         "lm_head": _head(plan),
-        "slots": f"{plan.slots} that streamed weights take turns in" if plan.streams else "none",
+        "slots": f"{plan.slots} {_turns(plan)}" if plan.streams else "none",
     }
     for name, size in plan.memory.items():
         table.add_row(name, where.get(name, ""), gib(size) if size else "")
     table.add_row("wte", "on disk, a row is read for each token", "", end_section=True)
     if plan.gpu and plan.waiting:
         beside = f"; {gib(plan.host_memory)} with what the CPU needs to compute" if plan.host_blocks else ""
-        table.add_row("in RAM", f"{gib(plan.waiting)} of weights, as far as there is room; the rest on disk{beside}", "")
+        beyond = "" if plan.swap == "jittor" else ", as far as there is room; the rest on disk"
+        table.add_row("in RAM", f"{gib(plan.waiting)} of weights{beyond}{beside}", "")
     table.add_row("peak", f"of {gib(plan.budget)}, {budget}", gib(plan.peak), style="bold")
     return table
+
+
+def _turns(plan: Plan) -> str:
+    return "at a time, which is Jittor's limit" if plan.swap == "jittor" else "that streamed weights take turns in"
 
 
 def _blocks(plan: Plan) -> str:
@@ -161,6 +166,8 @@ def _blocks(plan: Plan) -> str:
         return f"{len(plan.blocks)} resident"
     by_cpu = f"on the host {_SIGNS['host or streamed']}, streamed from {plan.streams_from} tokens in a sweep on"
     said = {"host": "computed by the CPU ▤", "host or streamed": by_cpu}
+    if plan.swap == "jittor":
+        said["streamed"] = f"moved by Jittor {_SIGNS['streamed']}"
     kinds = ", ".join(f"{counts[kind]} {said.get(kind, f'{kind} {sign}')}" for kind, sign in _SIGNS.items() if counts[kind])
     return f"{kinds}\n{''.join(map(_SIGNS.get, plan.blocks))}"
 
@@ -169,6 +176,8 @@ def _head(plan: Plan) -> str:
     rows = plan.config.vocab_size
     if plan.head_rows == rows:
         return "resident"
+    if plan.swap == "jittor":
+        return "moved by Jittor"
     return f"{plan.head_rows / rows:.0%} resident, the rest streamed" if plan.head_rows else "streamed"
 
 

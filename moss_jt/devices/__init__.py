@@ -55,7 +55,7 @@ def open_device(
         print("moss-jt: using the CPU, as an adapter needs; moss-jt train merge puts it into the weights", file=sys.stderr)
         device = "cpu"
     plan = None if wants_gpu(device) else plan_for(weights, context, ram, kv_cache)
-    if jittor(device).has_cuda and device != "cpu":
+    if jittor(device, save_mem=swap == "jittor").has_cuda and device != "cpu":
         try:
             check.check(weights.coding, kv_cache)
             return _gpu(weights, context, ram, kv_cache, vram, swap, planned)

@@ -15,10 +15,11 @@ from .. import cudart, ops
 from ..cache import Cache, parts_of
 from ..cudart import OutOfDeviceMemory
 from ..errors import MossError
-from ..ops.sweep import MOST_LIKELIEST, MOST_ROWS, Space, Sweeps, penalties, source
+from ..ops.sweep import MOST_LIKELIEST, MOST_ROWS, MOVED, Space, Sweeps, penalties, source
 from ..runtime import compiling, float_environment_kept, jittor
 from ..sampling import Likeliest
 from ..swap import CHUNK, Plan
+from ..swap.by_jittor import ByJittor
 from ..swap.host import Rows
 from ..swap.on_device import OnDevice
 from ..swap.plan import RESIDENT, in_mib, less
@@ -53,7 +54,7 @@ class Cuda:
         cudart.to_device(self._angles.pointer, angles)
         self._rows = Rows(weights.regions[WTE_FILE])
         self._others = [i for i in range(config.n_layer) if i not in plan.host_blocks]  # the device's in every sweep
-        self.weights: OnDevice | None = None  # None: there was no room for them
+        self.weights: OnDevice | ByJittor | None = None  # None: there was no room for them
         self._loads = 0
         self._with_room(lambda: None, plan.memory["KV cache"] + plan.memory["work space"])
         self._embedded = cudart.pinned(2 * config.n_embd * CHUNK).view(np.float16).reshape(CHUNK, -1)
@@ -64,7 +65,8 @@ class Cuda:
         plan, weights = self.plan, self._files
         bits, part = (8 if plan.kv_cache == "int8" else 16), max(plan.part_rows, plan.head_rows)
         self._sweeps = Sweeps(self._config, weights.coding, plan.context, self._angles.pointer, bits, part)
-        self.weights = OnDevice(weights, plan, self._pinned)
+        by_jittor = plan.swap == "jittor" and plan.streams
+        self.weights = ByJittor(weights, plan, MOVED) if by_jittor else OnDevice(weights, plan, self._pinned)
         self._host = HostBlocks(weights, plan, self.weights) if plan.host_blocks else None
         self._loads += 1
 
@@ -202,7 +204,8 @@ class Cuda:
     def _streamed(self, cache: DeviceCache, sweep: Sweep, i: int, layer: list[int], embedded: np.ndarray | None, state):
         with self.weights.block(i) as tensors:
             table = self._sweeps.table([tensors], [layer])
-            after = self._sweeps.blocks(table, sweep.table, len(sweep.ids), embedded, cache.space, state)
+            given = (table, sweep.table, len(sweep.ids), embedded, cache.space, state)
+            after = self._sweeps.blocks(*given, self.weights.moved(i))
             after.sync()  # issues it, and does not wait: the slot's next copy waits for what was issued
         return after
 
@@ -216,7 +219,8 @@ class Cuda:
         which = np.array([row.row for row in rows], np.int32)
         if self.weights.streams:
             for part in self.weights.head():
-                state = self._sweeps.compute(self._sweeps.heads([part]), which, space, state)
+                moved = self.weights.moved((part[1], part[1] + part[2]))
+                state = self._sweeps.compute(self._sweeps.heads([part]), which, space, state, moved)
                 state.sync()
             heads = self._sweeps.heads([])
         else:

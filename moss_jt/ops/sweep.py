@@ -17,6 +17,7 @@ from .kernel import header
 
 MOST_ROWS = 16  # whose logits are wanted at a time, as rows.cuh has it
 MOST_LIKELIEST = 64  # tokens of a row, as top.cuh has it
+MOVED = 1 << 62  # an address from there on is relative to a Var, as sweep.cuh has it
 
 # As sweep.cuh declares them.
 _MATRIX = [(name, "u8") for name in ("q", "scale", "zero", "order")]
@@ -51,11 +52,12 @@ if (what == 0) {
     const int64_t bytes = space_bytes(model, number("tokens"), MOST_ROWS, number("places"));
     check(cudaMemcpy(out_p, &bytes, 8, cudaMemcpyHostToDevice), "cudaMemcpy");
 } else if (what == 1) {
-    run_blocks(model, (const BlockTensors*)at("table"), n, (const half*)at("embedded"), (const Sequence*)at("sequences"),
-               number("n_sequences"), number("T"), space, 0);
+    const auto blocks = located((const BlockTensors*)at("table"), n, in1_p);
+    run_blocks(model, blocks.data(), n, (const half*)at("embedded"), (const Sequence*)at("sequences"), number("n_sequences"),
+               number("T"), space, 0);
 } else {
-    const HeadTensors* heads = (const HeadTensors*)at("table");
-    for (int64_t i = 0; i < n; i++) run_head(model, heads[i], (const int32_t*)at("rows"), R, space, 0);
+    for (const HeadTensors& head : located((const HeadTensors*)at("table"), n, in1_p))
+        run_head(model, head, (const int32_t*)at("rows"), R, space, 0);
 }
 if (what == 3) {
     check(cudaMemcpyAsync(out_p, space.logits, 4 * R * model.V, cudaMemcpyDeviceToDevice, 0), "cudaMemcpyAsync");
@@ -112,20 +114,29 @@ class Sweeps:
         return table
 
     def blocks(
-        self, table: np.ndarray, sequences: np.ndarray, tokens: int, embedded: np.ndarray | None, space: Space, after=None
+        self,
+        table: np.ndarray,
+        sequences: np.ndarray,
+        tokens: int,
+        embedded: np.ndarray | None,
+        space: Space,
+        after=None,
+        moved=None,
     ):
         """The blocks of a table for new tokens of some sequences (int32 (n, 4), as ``ops.sequences`` takes it).
 
         embedded: float16 (T, D) in pinned memory; None: these blocks follow those that ``after``, their result, came from.
-        Returns a Var that says no more than that they were.
+        moved: a float32 Var, wherever Jittor has it; addresses of the table from MOVED on are relative to it. Returns a Var
+        that says no more than that they were.
         """
         given = {"table": table, "sequences": sequences, "embedded": embedded}
         counts = {"n": len(table), "n_sequences": len(sequences), "T": tokens}
-        return self._run(1, _BLOCKS, space, after, given, **counts)
+        return self._run(1, _BLOCKS, space, after, given, moved, **counts)
 
-    def compute(self, heads: np.ndarray, rows: np.ndarray, space: Space, after):
-        """Parts of the logits of at most MOST_ROWS rows (int32) of the sweep whose result ``after`` is; a Var as of blocks."""
-        return self._run(1, _HEADS, space, after, {"table": heads, "rows": rows}, n=len(heads), R=len(rows))
+    def compute(self, heads: np.ndarray, rows: np.ndarray, space: Space, after, moved=None):
+        """Parts of the logits of at most MOST_ROWS rows (int32) of the sweep whose result ``after`` is; moved, and a Var, as of
+        blocks."""
+        return self._run(1, _HEADS, space, after, {"table": heads, "rows": rows}, moved, n=len(heads), R=len(rows))
 
     def logits(self, heads: np.ndarray, rows: np.ndarray, space: Space, after) -> np.ndarray:
         """float32 (R, V), once these last parts are computed, too. Waits for them."""
@@ -146,11 +157,11 @@ class Sweeps:
         logits, chosen = found.reshape(2, len(rows), k)
         return logits, chosen.view(np.int32)
 
-    def _run(self, size: int, what: int, space: Space, after=None, given: dict | None = None, **numbers: float):
-        """What it takes and gives has one dimension throughout: Jittor compiles an op again for every other number of them."""
+    def _run(self, size: int, what: int, space: Space, after=None, given: dict | None = None, moved=None, **numbers: float):
+        """What it takes and gives has one dimension throughout, and float32: Jittor compiles an op again for what differs."""
         addresses = {name: 0 if array is None else array.ctypes.data for name, array in (given or {}).items()}
         numbers = {"n": 0, "R": 0, **addresses, **numbers, "what": what, "space": space.address, "tokens": space.tokens}
-        inputs = [self._first if after is None else after]
+        inputs = [self._first if var is None else var for var in (after, moved)]
         data = {**numbers, "model": self._model.ctypes.data}
         return jittor().code((size,), "float32", inputs, cuda_header=source(), cuda_src=_SOURCE, data=data)
 

@@ -39,7 +39,7 @@ class OnDevice:
         OutOfDeviceMemory where a budget is more than there is."""
         self._blocks, self._host, self._ranges = plan.streamed_blocks, plan.host_blocks, plan.head_ranges()
         self._head = [(0, plan.head_rows), *self._ranges] if plan.head_rows else self._ranges
-        self._norm, self._bias, self._memory = _small(weights)
+        self._norm, self._bias, self._memory = small(weights)
         found = sources(weights, self._head)
         streamed = {item: found.pop(item) for item in dict.fromkeys((*self._host, *self._blocks, *self._ranges))}
         others = {item: source for item, source in streamed.items() if item not in self._host}
@@ -82,6 +82,9 @@ class OnDevice:
         """The weights of a block that the CPU may compute, name -> Var, where they wait in host memory."""
         return self._on_host[i]
 
+    def moved(self, item: Hashable) -> None:
+        """As ByJittor's: nothing is moved that anybody uses."""
+
     @contextmanager
     def block(self, i: int) -> Iterator[dict[str, int]]:
         """The addresses of block i's tensors. What uses them must have been issued when the loan ends."""
@@ -116,7 +119,7 @@ def addresses(part: Part, base: int) -> dict[str, int]:
     return found
 
 
-def _small(weights: Weights) -> tuple[dict[str, int], int, cudart.Memory]:
+def small(weights: Weights) -> tuple[dict[str, int], int, cudart.Memory]:
     """The addresses of ln_f's tensors and of lm_head's whole bias, and the memory that they are in."""
     head = {name: np.array(a) for name, a in weights.head().items() if not name.startswith("lm_head.weight")}
     memory, at, found = cudart.Memory(sum(a.nbytes for a in head.values())), 0, {}

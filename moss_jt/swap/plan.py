@@ -19,6 +19,7 @@ from . import parts
 from .room import CHUNK, MIB, ROWS, SLOTS, Sizes
 
 RESIDENT, STREAMED, HOST, EITHER = "resident", "streamed", "host", "host or streamed"
+_JITTOR_UNIT = 2 * MIB  # its allocator's
 _HEAD_PART = 64 * MIB  # of lm_head, where it alone is streamed: large enough for a disk's full speed
 
 
@@ -72,6 +73,10 @@ class Plan:
 
     @property
     def slots(self) -> int:
+        """With Jittor's own swapping, parts that are there at a time."""
+        if self.swap == "jittor" and self.streams:
+            s = Sizes(self.config, self.coding, self.context, self.kv_cache, self.gpu)
+            return (self.budget - s.fixed - s.blocks(0)) // self.slot
         return SLOTS if self.streams else 0
 
     @property
@@ -145,15 +150,24 @@ class Plan:
         numbers = (3 * c.n_embd + c.n_inner) * c.n_embd + c.n_embd * (c.n_embd + c.n_inner)
         cache = c.cache_bytes_per_token(self.kv_cache) // c.n_layer * self.context // 2  # half full
         size = sum(t.nbytes for t in block)
-        ways = 2 if self.swap == "unified" else 1  # pages go back, too
-        brought = {RESIDENT: 0, STREAMED: ways * size, HOST: 0, EITHER: 0 if on_host else size + cache}
+        brought = {RESIDENT: 0, STREAMED: round(self._crossings * size), HOST: 0, EITHER: 0 if on_host else size + cache}
         found = [Step(size + cache, brought[where], numbers, on_host and where in (HOST, EITHER)) for where in self.blocks]
         for first, end in [(0, self.head_rows), *self.head_ranges()]:
             part = parts.rows(head, matrix, first, end)
             read = sum(span.nbytes for span in part.spans) if first < end else 0
-            found.append(Step(read + kept, ways * read * (first >= self.head_rows), 0))
+            found.append(Step(read + kept, round(self._crossings * read) * (first >= self.head_rows), 0))
             kept = 0
         return found
+
+    @property
+    def _crossings(self) -> float:
+        """How often what is streamed crosses the link in a sweep, on average. Pages go back, too, and so does all that Jittor
+        moves: of a sweep's parts those for which there is no room, one more, and another where lm_head is in several."""
+        if self.swap == "jittor" and self.streams:
+            head = len(self.head_ranges())
+            parts = len(self.blocks) + head
+            return 2 * min(1, (parts - self.slots + min(head, 2)) / parts)
+        return 2 if self.swap == "unified" else 1
 
     @property
     def disk_bytes(self) -> int:
@@ -196,7 +210,10 @@ class Plan:
                 limits[name + "memory"] = [(step.memory + step.disk) / of.memory for step in those]
                 limits[name + "arithmetic"] = [2 * step.numbers * tokens / of.arithmetic for step in those]
         computing = [max(those) for those in zip(*(limits[name] for name in limits if name != link))]
-        seconds = sweep_seconds(computing, limits[link], self.slots)
+        if self.swap == "jittor":  # one after the other
+            seconds = sum(computing) + sum(limits[link])
+        else:
+            seconds = sweep_seconds(computing, limits[link], self.slots)
         return Expected(tokens / seconds, max(limits, key=lambda name: sum(limits[name])))
 
 
@@ -231,10 +248,10 @@ def make_plan(
 
     coding: how the weights are stored. context: tokens to keep a cache for; kv_cache: in what, fp16 or int8. swap: what becomes
     of blocks that do not fit a GPU: ``stream``; ``unified``: the same, by moving pages; ``host``: the CPU computes them;
-    ``auto``: it does or they are streamed, sweep by sweep, as ``Plan.settled`` says. ram: the most for those that the CPU
-    computes, None: any; with auto, those beyond are streamed.
+    ``auto``: it does or they are streamed, sweep by sweep, as ``Plan.settled`` says; ``jittor``: it moves all of them. ram: the
+    most for those that the CPU computes, or that Jittor moves, None: any; with auto, those beyond are streamed.
     Raises MossError where the budget is too small, with the smallest that works and what would make that smaller, and where
-    ``host`` needs more RAM.
+    ``host`` or ``jittor`` needs more RAM.
     """
     sizes = Sizes(config, coding, context, kv_cache, gpu, swap, None if swap == "host" else ram)
     fitting = [placed for placed in _placements(sizes, budget - sizes.fixed) if placed.fits]
@@ -252,6 +269,11 @@ def make_plan(
             f"the {host} blocks that the CPU would compute need {in_mib(plan.host_memory)} of RAM, and {in_mib(ram)} can be "
             "used: swap auto and stream bring from disk what does not fit there"
         )
+    if ram is not None and swap == "jittor" and plan.streams and (needed := plan.waiting + 2 * plan.slot) > ram:
+        raise MossError(
+            f"swap jittor needs {in_mib(needed)} of RAM, and {in_mib(ram)} can be used, a limit that Jittor would not keep: "
+            "swap auto and stream bring from disk what does not fit there"
+        )
     return plan
 
 
@@ -259,7 +281,7 @@ def less(plan: Plan, room: int) -> Plan | None:
     """The plan with weights and slots in at most ``room`` bytes of a GPU's memory, and more of them streamed. Keys and values
     stay where they are: what the CPU computes, it goes on to. None where so little does not do."""
     n = len(plan.blocks) - len(plan.host_blocks)
-    if not n:
+    if not n or plan.swap == "jittor":
         return None
     sizes = Sizes(replace(plan.config, n_layer=n), plan.coding, plan.context, plan.kv_cache, plan.gpu)
     placements = _placements(sizes, room + n * sizes.block_cache)
@@ -304,14 +326,18 @@ class _Placement:
 def _placements(s: Sizes, room: int) -> Iterator[_Placement]:
     """The kinds of placement there are, each with as much resident as fits."""
     yield _placement(s, room, s.n_layer, 0, 0)
+    slot = max(s.block, s.head_rows(ROWS))
+    part = max(ROWS, s.rows_in(slot))
+    if s.swap == "jittor":
+        slot = -(-slot // _JITTOR_UNIT) * _JITTOR_UNIT
+        yield _Placement(0, 0, part, slot, room - s.blocks(0) - slot, 2 * (s.n_layer * s.block + s.head))
+        return
     few = max(ROWS, min(s.rows_in(_HEAD_PART), s.vocab // 8 // ROWS * ROWS))
     yield _placement(s, room, s.n_layer, few, s.head_rows(few))
     if s.swap == "host":
         yield _placement(s, room, s.blocks_in(room - s.head), 0, 0)
         yield _placement(s, room, s.blocks_in(room - SLOTS * s.head_rows(few)), few, s.head_rows(few))
         return
-    slot = max(s.block, s.head_rows(ROWS))
-    part = max(ROWS, s.rows_in(slot))
     yield _placement(s, room, s.blocks_in(room - SLOTS * slot), part, slot)
     if s.swap == "auto":
         yield _placement(s, room, s.blocks_in(room - SLOTS * slot - s.head), part, slot)

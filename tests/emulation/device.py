@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from moss_jt.devices import gpu, host_blocks
-from moss_jt.ops.sweep import MOST_ROWS, Space
-from moss_jt.swap import on_device
+from moss_jt.ops.sweep import MOST_ROWS, MOVED, Space
+from moss_jt.swap import by_jittor, on_device
 from moss_jt.weights.layout import BITS, block_tensors, matrix
 
 from ..swap.simulated_cuda import Simulated
@@ -23,14 +23,41 @@ _DTYPES = {"F16": np.float16, "F32": np.float32, "U8": np.uint8}
 def install(monkeypatch, kernels, seed: int, chunk: int = 16) -> Simulated:
     """From now on ``gpu.Cuda`` runs on it, with sweeps of at most ``chunk`` tokens. ``kernels``: wrappers of sweep.cuh."""
     cuda = Simulated(seed)
-    for module in (gpu, host_blocks, on_device):
+    for module in (gpu, host_blocks, on_device, by_jittor):
         monkeypatch.setattr(module, "cudart", cuda)
     for name in ("moss_jt.devices.gpu", "moss_jt.devices.host_blocks", "moss_jt.model"):
         monkeypatch.setattr(f"{name}.CHUNK", chunk)
     monkeypatch.setattr(gpu, "Sweeps", lambda *given: Sweeps(cuda, kernels, *given))
     monkeypatch.setattr(gpu, "compiling", lambda *sources: nullcontext())
-    monkeypatch.setattr(gpu, "jittor", lambda: SimpleNamespace(flag_scope=lambda **flags: nullcontext(), gc=lambda: None))
+    jittor = SimpleNamespace(flag_scope=lambda **flags: nullcontext(), gc=lambda: None, flags=SimpleNamespace())
+    jittor.array = lambda array: Var(cuda, array)
+    for module in (gpu, by_jittor):
+        monkeypatch.setattr(module, "jittor", lambda: jittor)
     return cuda
+
+
+class Var:
+    """What Jittor moves about: for every op it is somewhere else, and garbage is where it was."""
+
+    def __init__(self, cuda, array: np.ndarray):
+        self._cuda, self._bytes = cuda, array.view(np.uint8).copy()
+        self._places = [cuda.Memory(self._bytes.nbytes) for _ in range(2)]
+
+    def sync(self) -> Var:
+        return self
+
+    def address(self) -> int:
+        before, now = self._places
+        self._places.reverse()
+        for memory, values, written in ((before, 0xEE, 0), (now, self._bytes, 1)):
+            there = slice(memory.pointer, memory.pointer + memory.nbytes)
+            self._cuda.memory[there], self._cuda.written[there] = values, written
+        return now.pointer
+
+
+def _located(tensors: dict, moved: int) -> dict:
+    """As sweep.cuh has it."""
+    return {name: at - MOVED + moved if at >= MOVED else at for name, at in tensors.items()}
 
 
 class Sweeps:
@@ -58,17 +85,22 @@ class Sweeps:
     def heads(self, parts: list) -> list:
         return list(parts)
 
-    def blocks(self, table, sequences, tokens, embedded, space, after=None):
+    def blocks(self, table, sequences, tokens, embedded, space, after=None, moved=None):
         def run() -> None:
-            given = embedded
+            given, at = embedded, moved.address() if moved else 0
             for tensors, layer in table:
-                self._block(tensors, layer, sequences, tokens, given, space)
+                self._block(_located(tensors, at), layer, sequences, tokens, given, space)
                 given = None
 
         return self._later(run)
 
-    def compute(self, heads, rows, space, after):
-        return self._later(lambda: [self._head(part, rows, space) for part in heads])
+    def compute(self, heads, rows, space, after, moved=None):
+        def run() -> None:
+            at = moved.address() if moved else 0
+            for tensors, *those in heads:
+                self._head((_located(tensors, at), *those), rows, space)
+
+        return self._later(run)
 
     def logits(self, heads, rows, space, after) -> np.ndarray:
         self.compute(heads, rows, space, after).sync()

@@ -7,7 +7,7 @@ import pytest
 
 from moss_jt.config import Config
 from moss_jt.ops.rotary import rotary_angles
-from moss_jt.ops.sweep import MOST_ROWS
+from moss_jt.ops.sweep import _BLOCK, MOST_ROWS, MOVED, _fill
 from moss_jt.sampling import likeliest, penalised
 from moss_jt.swap.plan import CHUNK, make_plan
 from moss_jt.weights.layout import BITS, Coding
@@ -27,6 +27,10 @@ int64_t bytes(int64_t T, int64_t R, int64_t places) { return space_bytes(the_mod
 void model(int64_t D, int64_t I, int64_t V, int64_t heads, int64_t rotary, int64_t context, int64_t bits, int64_t head_bits,
            int64_t cache_bits) {
     the_model = {D, I, V, heads, rotary, context, bits, 128, 0, head_bits, 128, cache_bits, V, nullptr, 1e-5};
+}
+void located_blocks(int64_t table, int64_t n, int64_t moved, int64_t found) {
+    const auto blocks = located((const BlockTensors*)table, n, (const void*)moved);
+    for (int64_t i = 0; i < n; i++) ((BlockTensors*)found)[i] = blocks[i];
 }
 void block(const half* embedded, const float* angles, const float* norm_weight, const float* norm_bias, const float* in_bias,
            const float* out_bias, const void* in, const half* in_scale, const uint8_t* in_zero, const void* out,
@@ -130,6 +134,20 @@ def official(weights) -> dict:
     for i in range(weights.config.n_layer):
         found.update({f"transformer.h.{i}.{theirs}": weights.block(i)[ours] for ours, theirs in names.items()})
     return dequantise.official_state(weights, found)
+
+
+def test_addresses_relative_to_what_is_moved(kernels):
+    """From MOVED on; others, and what there is none of, stay."""
+    names = [name for name in _BLOCK.names if not _BLOCK[name].names]
+    tensors = {name: MOVED + 4096 * i for i, name in enumerate([*names[:4], "in.weight.q", "in.weight.scale", "out.weight"])}
+    table, found = np.zeros(2, _BLOCK), np.zeros(2, _BLOCK)
+    _fill(table[1], tensors)
+    table["keys"] = 7000, (1 << 48) - 8
+    kernels.located_blocks(table.ctypes.data, 2, 5 << 40, found.ctypes.data)
+    expected = np.array(table.tolist(), _BLOCK)
+    fields = expected.view(np.uint64)
+    fields[fields >= MOVED] += np.uint64((5 << 40) - MOVED & (1 << 64) - 1)
+    assert (found == expected).all() and found[1]["out.weight"]["q"] == (5 << 40) + 4096 * 6 and not found[0]["in.bias"]
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 14, 46, 82, 132, 200])

@@ -54,7 +54,10 @@ def close(ours, exact, kv_cache: str) -> None:
     assert ours.argmax() == best or exact[best] - exact[ours.argmax()] < 0.02 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("swap, resident", [("stream", 1), ("host", 0), ("host", 1), ("auto", 1), ("unified", 1)])
+MODES = [("stream", 1), ("host", 0), ("host", 1), ("auto", 1), ("unified", 1), ("jittor", 0)]
+
+
+@pytest.mark.parametrize("swap, resident", MODES)
 def test_as_in_float64(kernels, weights, monkeypatch, swap, resident):
     weights, kv_cache = weights
     rng = np.random.default_rng()
@@ -65,6 +68,7 @@ def test_as_in_float64(kernels, weights, monkeypatch, swap, resident):
     exact = {id(ids): reference.logits(weights.config, state, ids) for ids in (a, b)}
 
     cuda = device.install(monkeypatch, kernels, int(rng.integers(1 << 30)))
+    monkeypatch.setattr("moss_jt.swap.plan._JITTOR_UNIT", 4096)  # or all would fit where one part does
     plan = replace(planned(weights, kv_cache, swap, resident), streams_from=4)
     on = gpu.Cuda(weights, plan, 1 << 40)
     model = Model(weights, CONTEXT, kv_cache=kv_cache, device=on)

@@ -15,7 +15,7 @@ from moss_jt import MossError, machine
 from moss_jt.config import KV_CACHES, Config
 from moss_jt.sizes import parse_size
 from moss_jt.swap import plan_for, plan_for_gpu
-from moss_jt.swap.plan import CHUNK, EITHER, HOST, MIB, RESIDENT, ROWS, STREAMED, Plan, Speeds, make_plan, smallest
+from moss_jt.swap.plan import CHUNK, EITHER, HOST, MIB, RESIDENT, ROWS, STREAMED, Plan, Speeds, less, make_plan, smallest
 from moss_jt.swap.ring import Ring
 from moss_jt.weights.layout import BITS, PLAIN, Coding, block_tensors, head_tensors, matrix
 
@@ -356,6 +356,32 @@ def test_pages_that_move_go_both_ways():
     assert unified.blocks == streamed.blocks and unified.memory == streamed.memory
     assert unified.disk_bytes == 2 * streamed.disk_bytes
     assert unified.decode(CARD).tokens_s == pytest.approx(streamed.decode(CARD).tokens_s / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("gib", [4, 8, 16, 24])
+def test_what_jittor_moves(gib):
+    """It keeps as many parts as fit, of any, and brings the others one after the other, each in the place of another."""
+    plan = make_plan(MOON, PLAIN, 2048, gib * GIB, gpu=True, swap="jittor")
+    parts = [size for size in (step.memory for step in plan.steps) if size > GIB // 4]
+    assert plan.blocks == (STREAMED,) * 34 and not plan.head_rows and len(parts) == 34 + len(plan.head_ranges()) == 36
+    assert plan.peak <= plan.budget < plan.peak + plan.slot and plan.memory["slots"] == plan.slots * plan.slot
+    assert plan.disk_bytes == pytest.approx(2 * sum(parts) * min(1, (36 - plan.slots + 2) / 36), rel=0.03)
+    computing = sum(step.memory + step.disk for step in plan.steps) / CARD.memory
+    assert plan.decode(CARD).tokens_s == pytest.approx(1 / (plan.disk_bytes / CARD.disk + computing))
+    assert less(plan, plan.lent_bytes - 1) is None
+
+
+def test_jittor_and_what_it_cannot_keep():
+    model = (MOON, PLAIN, 2048)
+    assert make_plan(*model, 80 * GIB, gpu=True, swap="jittor").blocks == (RESIDENT,) * 34
+    least = smallest(*model, gpu=True, swap="jittor")
+    assert make_plan(*model, least, gpu=True, swap="jittor").slots == 1
+    with pytest.raises(MossError, match=f"{-(-least // MIB)}MiB is the smallest that works"):
+        make_plan(*model, least - 1, gpu=True, swap="jittor")
+    with pytest.raises(MossError) as e:
+        make_plan(*model, 8 * GIB, gpu=True, swap="jittor", ram=16 * GIB)
+    needed = parse_size(re.search(r"needs (\d+MiB) of RAM", str(e.value))[1])
+    assert 31 * GIB < needed < 36 * GIB and make_plan(*model, 8 * GIB, gpu=True, swap="jittor", ram=needed).streams
 
 
 def test_ram_that_does_not_hold_them():
