@@ -7,6 +7,8 @@ import pytest
 
 import moss_jt
 from moss_jt.cli import main
+from moss_jt.config import Config
+from moss_jt.train.lora import Lora, load_adapter, save_adapter, shapes
 
 from . import reference
 from .checkpoints import random_state, small_config, write_official
@@ -34,10 +36,18 @@ def folder(tmp_path_factory):
     (other / "merges.txt").write_text(header + "\n", "utf-8")
     moss_jt.convert.weights(other, folder / "d")
     long = {**PLAIN, "MOSS": "<|MOSS|>: " + "x" * 600 + "<eom>\n"}
+    _adapter(folder / "adapter", 1)
+    _adapter(folder / "wide", 1, n_embd=2 * CONFIG["n_embd"])
     lines = [conversation(TURN, PLAIN), conversation(PLAIN, long, PLAIN), conversation(PLAIN)]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (folder / "data.jsonl").write_text(text, "utf-8")
     return folder
+
+
+def _adapter(folder, seed: int, **changes) -> None:
+    lora, rng = Lora(3, 6), np.random.default_rng(seed)
+    sizes = shapes(Config.from_dict({**CONFIG, **changes}), lora)
+    save_adapter(folder, lora, {name: rng.normal(0, 0.2, size).astype(np.float32) for name, size in sizes.items()})
 
 
 @pytest.fixture
@@ -53,13 +63,17 @@ def run(capsys, folder, monkeypatch):
     return call
 
 
-def exact(folder):
+def exact(folder, adapter=None):
     """From float64: the answers' log p, (tokens, V), and the tokens."""
-    from moss_jt.config import Config
     from moss_jt.dialogues import read_dialogues
     from moss_jt.tokenizer import load_tokenizer
 
     state, rows, targets = random_state(CONFIG, 1), [], []
+    if adapter is not None:
+        lora, tensors = load_adapter(adapter, Config.from_dict(CONFIG))
+        for a, b in ((name, name.replace("lora_A", "lora_B")) for name in tensors if "lora_A" in name):
+            name = a.removeprefix("base_model.model.").replace("lora_A.", "")
+            state[name] = state[name] + lora.scale * tensors[b].astype(np.float64) @ tensors[a]
     for d in read_dialogues(folder / "data.jsonl", load_tokenizer(folder / "a"), 512):
         logits = reference.logits(Config.from_dict(CONFIG), state, d.ids)
         at = np.flatnonzero(d.answers)
@@ -106,6 +120,26 @@ def test_compare(run, folder):
     assert f"{found['mean_kl']:.4g} nats" in stdout and f"{found['agreement']:.4%}" in stdout
 
 
+def test_with_an_adapter(run, folder):
+    found = json.loads(run("perplexity", "-m", "a", "--adapter", "adapter", "data.jsonl", "--json")[1])
+    log_p, targets = exact(folder, folder / "adapter")
+    loss = -log_p[np.arange(len(targets)), targets].mean()
+    assert found["adapter"] == "adapter" and found["loss"] == pytest.approx(loss, rel=1e-3)
+    plain = json.loads(run("perplexity", "-m", "a", "data.jsonl", "--json")[1])
+    assert plain["adapter"] is None and abs(plain["loss"] - loss) > 1e-2  # so that it is not the model's without it
+
+    given = ("reference", "other")
+    for which, option in (("other", "--adapter"), ("reference", "--reference-adapter")):
+        both = json.loads(run("compare", "a", "a", "data.jsonl", option, "adapter", "--json")[1])
+        assert [both[f"{name}_adapter"] for name in given] == ["adapter" if name == which else None for name in given]
+        for name in given:
+            assert both[f"{name}_score"]["loss"] == pytest.approx((found if name == which else plain)["loss"])
+        assert both["mean_kl"] > 1e-3
+    code, stdout, _ = run("compare", "a", "a", "data.jsonl", "--adapter", "adapter", "--reference-adapter", "adapter")
+    assert code == 0 and "100.0000% of the likeliest tokens, 0 differ" in stdout
+    assert stdout.startswith("reference         a with adapter\nother             a with adapter\n")
+
+
 def test_a_model_is_itself(run):
     code, stdout, _ = run("compare", "a", "a", "data.jsonl")
     assert code == 0
@@ -124,6 +158,9 @@ def test_a_model_is_itself(run):
             ["perplexity", "-m", "a", "data.jsonl", "--context", "30"],
             "data.jsonl: holds no conversation that fits in 30 tokens",
         ),
+        (["perplexity", "-m", "a", "--adapter", "src", "data.jsonl"], "src/adapter_config.json: missing"),
+        (["compare", "a", "b", "data.jsonl", "--adapter", "wide"], "wide/adapter.safetensors: tensor "),
+        (["compare", "a", "b", "data.jsonl", "--reference-adapter", "b"], "b/adapter_config.json: missing"),
         (["compare", "a", "c", "data.jsonl"], "c: its vocabulary is 404, that of a 400"),
         (["compare", "a", "d", "data.jsonl"], "d: its tokenizer gives other ids than that of a"),
     ],

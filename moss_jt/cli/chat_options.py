@@ -66,6 +66,7 @@ class _Plugins(click.ParamType):
 
 
 PLUGINS = _Plugins()
+ADAPTER = click.option("--adapter", metavar="DIR", help="Folder of a LoRA adapter that was trained for the model.")
 
 
 def shared_options(command: Callable) -> Callable:
@@ -78,7 +79,7 @@ def shared_options(command: Callable) -> Callable:
             callback=_or_demo,
             help="Folder of a converted checkpoint.  [default: the small demo model]",
         ),
-        click.option("--adapter", metavar="DIR", help="Folder of a LoRA adapter that was trained for the model."),
+        ADAPTER,
         click.option("--system", type=TEXT, metavar="TEXT|@FILE", help="In place of MOSS's meta instruction."),
         click.option("--plugins", metavar="NAMES", type=PLUGINS, help="What MOSS may call, such as calculator,solver."),
         click.option("--no-plugins", is_flag=True, help="MOSS may call nothing, whatever the system text enables."),

@@ -7,18 +7,19 @@ import math
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 import click
 
 from ..errors import MossError
 from . import progress
-from .chat_options import load_model, machine_options
+from .chat_options import ADAPTER, load_model, machine_options
 
 if TYPE_CHECKING:
     from ..dialogues import Dialogue
     from ..evaluate import Comparison, Place, Score
 
+_Pair = tuple[str, Optional[str]]  # a model's folder and that of its adapter
 _DATA = click.argument("data", metavar="DATA.jsonl", type=click.Path(path_type=Path))
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
@@ -34,18 +35,20 @@ def command() -> None:
 
 @command.command("perplexity")
 @click.option("-m", "--model", required=True, metavar="DIR", help="Folder of a converted checkpoint.")
+@ADAPTER
 @_DATA
 @_JSON
 @machine_options
-def _perplexity(model: str, data: Path, as_json: bool, context: int, **machine: Any) -> None:
+def _perplexity(model: str, adapter: str | None, data: Path, as_json: bool, **machine: Any) -> None:
     """How well a model predicts the answers."""
     from ..evaluate import perplexity
 
-    dialogues, left_out = _read(data, [model], context)
-    moss = load_model(model, context=context, **machine)
+    dialogues, left_out = _read(data, [(model, adapter)], machine["context"])
+    moss = load_model(model, adapter=adapter, **machine)
     with progress.of_tokens() as advance:
         score = perplexity(moss, dialogues, advance)
-    found = {"model": model, "data": str(data), "dialogues": len(dialogues), "turns_left_out": left_out, **_score(score)}
+    counts = {"data": str(data), "dialogues": len(dialogues), "turns_left_out": left_out}
+    found = {"model": model, "adapter": adapter, **counts, **_score(score)}
     _print(as_json, found, [_dialogues(found), *_score_lines(score)])
 
 
@@ -53,22 +56,30 @@ def _perplexity(model: str, data: Path, as_json: bool, context: int, **machine: 
 @click.argument("a")
 @click.argument("b")
 @_DATA
+@click.option("--adapter", metavar="DIR", help="Folder of a LoRA adapter, for model B.")
+@click.option("--reference-adapter", metavar="DIR", help="The same for model A.")
 @_JSON
 @machine_options
-def _compare(a: str, b: str, data: Path, as_json: bool, **machine: Any) -> None:
+def _compare(
+    a: str, b: str, data: Path, adapter: str | None, reference_adapter: str | None, as_json: bool, **machine: Any
+) -> None:
     """How far the model in folder B is from that in folder A, the reference.
 
     One is in memory at a time; the logits of the first wait in a temporary file, 428 kB a token of the answers.
     """
     from ..evaluate import compare
 
-    dialogues, left_out = _read(data, [a, b], machine["context"])
+    models: list[_Pair] = [(a, reference_adapter), (b, adapter)]
+    dialogues, left_out = _read(data, models, machine["context"])
+    loads = [partial(load_model, folder, adapter=its, **machine) for folder, its in models]
     with progress.of_tokens() as advance:
-        found = compare(*(partial(load_model, folder, **machine) for folder in (a, b)), dialogues, advance)
+        found = compare(*loads, dialogues, advance)
     place = _describer(a, dialogues)
     result = {
         "reference": a,
+        "reference_adapter": reference_adapter,
         "other": b,
+        "other_adapter": adapter,
         "data": str(data),
         "dialogues": len(dialogues),
         "turns_left_out": left_out,
@@ -84,12 +95,15 @@ def _compare(a: str, b: str, data: Path, as_json: bool, **machine: Any) -> None:
     _print(as_json, result, _comparison_lines(found, result))
 
 
-def _read(data: Path, folders: list[str], context: int) -> tuple[list[Dialogue], int]:
-    """The dialogues, and how many turns the context leaves out. Before a model is loaded: it says what is wrong at once."""
+def _read(data: Path, models: list[_Pair], context: int) -> tuple[list[Dialogue], int]:
+    """The dialogues, and how many turns the context leaves out. Before a model is loaded: it says what is wrong at once, also
+    with the second of two, and with an adapter."""
     from ..config import Config
     from ..dialogues import LIMIT, read_dialogues
     from ..tokenizer import load_tokenizer
+    from ..train.lora import load_adapter
 
+    folders = [folder for folder, _ in models]
     configs = [Config.read(folder) for folder in folders]
     limit = min([context, LIMIT, *(config.n_ctx for config in configs)])
     left_out = 0
@@ -106,6 +120,9 @@ def _read(data: Path, folders: list[str], context: int) -> tuple[list[Dialogue],
         raise MossError(f"{folder}: its vocabulary is {configs[1].vocab_size}, that of {folders[0]} {configs[0].vocab_size}")
     if not per_model[0]:
         raise MossError(f"{data}: holds no conversation that fits in {limit} tokens")
+    for (_, adapter), config in zip(models, configs):
+        if adapter is not None:
+            load_adapter(adapter, config)
     return per_model[0], left_out // len(folders)
 
 
@@ -161,8 +178,8 @@ def _score_lines(score: Score) -> list[tuple[str, str]]:
 def _comparison_lines(found: Comparison, result: dict) -> list[tuple[str, str]]:
     scores = (found.reference, found.other)
     return [
-        ("reference", result["reference"]),
-        ("other", result["other"]),
+        ("reference", _named(result["reference"], result["reference_adapter"])),
+        ("other", _named(result["other"], result["other_adapter"])),
         _dialogues(result),
         ("answer tokens", f"{found.other.tokens:,}"),
         ("agreement", f"{found.agreement:.4%} of the likeliest tokens, {found.other.tokens - found.agreed} differ"),
@@ -172,6 +189,10 @@ def _comparison_lines(found: Comparison, result: dict) -> list[tuple[str, str]]:
         ("perplexity", "{:.6g} and {:.6g}".format(*(s.perplexity for s in scores))),
         ("token accuracy", "{:.4%} and {:.4%}".format(*(s.accuracy for s in scores))),
     ]
+
+
+def _named(folder: str, adapter: str | None) -> str:
+    return folder if adapter is None else f"{folder} with {adapter}"
 
 
 def _place(place: dict | None) -> str:
