@@ -216,18 +216,18 @@ def _handle(stream: Stream | None) -> c_void_p:
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    """The libcudart that this process has loaded already."""
+def loaded(name: str) -> ctypes.CDLL:
+    """The library of that name, like ``libcudart``, that this process has loaded already."""
     maps = Path("/proc/self/maps").read_text()
     for line in maps.splitlines():
         path = line.split(maxsplit=5)[-1]
-        if Path(path).name.startswith("libcudart.so"):
+        if Path(path).name.startswith(f"{name}.so"):
             return ctypes.CDLL(path)
-    raise MossError("Jittor was not imported with CUDA in this process")
+    raise MossError(f"Jittor was not imported with CUDA in this process: {name} is not there")
 
 
 def _call(name: str, *args) -> None:
-    lib = _library()
+    lib = loaded("libcudart")
     code = getattr(lib, name)(*args)
     if code:
         lib.cudaGetErrorString.restype = c_char_p
@@ -238,4 +238,4 @@ def _call(name: str, *args) -> None:
 
 def _quietly(name: str, handle: c_void_p) -> None:
     """For what is freed, perhaps at the process's end when the runtime is gone already."""
-    getattr(_library(), name)(handle)
+    getattr(loaded("libcudart"), name)(handle)

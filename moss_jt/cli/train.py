@@ -14,6 +14,7 @@ import click
 
 from ..errors import MossError
 from . import progress, ui
+from .device import DEVICE
 from .size import SIZE, gigabytes
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ def _number(name: str, default: float, least: float, help: str, above: bool = Fa
 @click.option(
     "--dtype", type=click.Choice(["fp16", "int8", "int4"]), default="fp16", show_default=True, help="Of the resulting model."
 )
+@DEVICE
 @click.option("--ram", type=SIZE, metavar="SIZE", help="Most memory for training an adapter.  [default: what can be spared]")
+@click.option("--vram", type=SIZE, metavar="SIZE", help="Most of a GPU's memory, the same.  [default: what can be spared]")
 def _sft(**options: Any) -> None:
     """Fine-tune a model on dialogues in the official format.
 

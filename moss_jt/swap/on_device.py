@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Hashable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,12 @@ from .ring import Ring
 from .sources import Source, sources
 
 _STAGED = 2  # pinned buffers that what comes from disk takes turns in: one is read into while the other is copied
+
+
+class Again(NamedTuple):
+    """A block that is lent a second time in a sweep there and back."""
+
+    block: int
 
 
 class OnDevice:
@@ -57,7 +64,8 @@ class OnDevice:
         self._waiting = waiting  # Vars do not keep their memory
         self._ring = None
         if plan.streams:
-            carrier = _Pages(waiting) if unified else _Link(waiting, {item: streamed[item] for item in self.from_disk})
+            disk = {item: streamed[item] for item in self.from_disk}
+            carrier = _Pages(waiting) if unified else _Link(_twice(waiting), _twice(disk))
             slots = [_Turn() if unified else _Slot(plan.slot) for _ in range(plan.slots)]
             self.close = weakref.finalize(self, carrier.close)
             self._ring = Ring(slots, carrier)
@@ -75,6 +83,11 @@ class OnDevice:
         if items := [*blocks, *(self._ranges if head else ())]:
             self._ring.follow(items)
 
+    def expect_both_ways(self) -> None:
+        """A sweep begins in which all blocks are lent in order, and then ``again`` in reverse; lm_head is not streamed."""
+        if self._blocks:
+            self._ring.follow([*self._blocks, *map(Again, reversed(self._blocks))])
+
     def is_resident(self, i: int) -> bool:
         return i in self._resident
 
@@ -86,9 +99,9 @@ class OnDevice:
         """As ByJittor's: nothing is moved that anybody uses."""
 
     @contextmanager
-    def block(self, i: int) -> Iterator[dict[str, int]]:
+    def block(self, i: int, again: bool = False) -> Iterator[dict[str, int]]:
         """The addresses of block i's tensors. What uses them must have been issued when the loan ends."""
-        with self._at(i) as base:
+        with self._at(Again(i) if again and i not in self._resident else i) as base:
             yield addresses(self._sources[i].part, base)
 
     def head(self) -> Iterator[tuple[dict[str, int], int, int]]:
@@ -105,6 +118,11 @@ class OnDevice:
         else:
             with self._ring.lend(item) as slot:
                 yield slot.pointer
+
+
+def _twice(those: dict) -> dict:
+    """Blocks under the names of both their loans."""
+    return {**those, **{Again(item): what for item, what in those.items()}}
 
 
 def addresses(part: Part, base: int) -> dict[str, int]:

@@ -31,6 +31,22 @@ class Measured(NamedTuple):
     right: int  # tokens that were the likeliest
 
 
+class Counted(NamedTuple):
+    """What of a batch matters: ids int32 (B, T), up to the last one from which something is predicted; the rows of the state,
+    M = B T of them, that predict, and what."""
+
+    ids: np.ndarray
+    rows: np.ndarray
+    targets: np.ndarray
+
+    @classmethod
+    def of(cls, batch: Batch) -> Counted:
+        sequence, at = np.nonzero(batch.labels[:, 1:] != NO_LOSS)
+        length = int(at.max(initial=-1)) + 1
+        ids = np.ascontiguousarray(batch.ids[:, :length], np.int32)
+        return cls(ids, sequence * length + at, batch.labels[sequence, at + 1])
+
+
 def check(batch: Batch, config: Config) -> None:
     """Raises MossError for what a model of this size cannot take."""
     ids, labels = batch

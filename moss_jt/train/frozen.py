@@ -7,15 +7,14 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from ..config import MP_NUM, Config
+from ..config import MP_NUM
 from ..sizes import parse_size
 from ..swap.host import Rows
 from ..weights import Weights
 from ..weights.layout import BITS, GROUP, PANEL, WTE_FILE
 from . import ops
 from .lender import Lender, room_for_blocks
-from .lora import TARGETS, Lora, module, shapes, tensor_names
-from .parameter import Parameter
+from .lora import TARGETS, Lora, begin, mask_seed, module, tensor_names
 
 _VECTORS = {"norm_weight": "ln_1.weight", "norm_bias": "ln_1.bias", "in_bias": "in.bias", "out_bias": "out.bias"}
 
@@ -27,7 +26,7 @@ class Adapted:
 
     def __init__(self, weights: Weights, lora: Lora, ram: str | int | None, tokens: int, seed: int):
         self.config, self._lora, self._seed, self._dropout = weights.config, lora, seed, None
-        self.parameters = _begin(weights.config, lora, seed)
+        self.parameters = begin(weights.config, lora, seed)
         learned = sum(p.value.size for p in self.parameters.values())
         room = None if ram is None else room_for_blocks(weights, parse_size(ram), learned, tokens)
         self._coding, self.lender = weights.coding, Lender(weights, room)
@@ -85,7 +84,7 @@ class Adapted:
             to["x"], to["y"], to["parts"], to["scale"] = x, y, MP_NUM * (target == "qkv_proj"), self._lora.scale
             if self._dropout is not None and self._lora.dropout:
                 to["dropout"] = self._lora.dropout
-                to["seed"] = np.random.SeedSequence([self._seed, self._dropout, i, number]).generate_state(1, np.uint64)[0]
+                to["seed"] = mask_seed(self._seed, self._dropout, i, number)
             for field, array in (("a", a.value), ("b", b.value), ("da", a.gradient), ("db", b.gradient)):
                 to[field] = ops.address(array)
 
@@ -112,12 +111,3 @@ def _fill(
         row[field] = ops.address(tensors[f"{name}.{part}"][first // PANEL :])
     if f"{name}.order" in tensors:
         row["order"] = ops.address(tensors[f"{name}.order"][order])
-
-
-def _begin(config: Config, lora: Lora, seed: int) -> dict[str, Parameter]:
-    """As PEFT begins: A is uniform within 1 / sqrt(inputs), B zero, so that nothing changes at first."""
-    rng, found = np.random.default_rng(seed), {}
-    for name, shape in shapes(config, lora).items():
-        limit = shape[1] ** -0.5 if ".lora_A." in name else 0
-        found[name] = Parameter(name, rng.uniform(-limit, limit, shape).astype(np.float32), np.zeros(shape, np.float32))
-    return found

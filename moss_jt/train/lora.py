@@ -14,6 +14,7 @@ from ..convert.view import cast, contiguous
 from ..errors import MossError
 from ..weights.header import read_header
 from .arrays import FOR_PYTORCH, write_arrays
+from .parameter import Parameter
 
 TARGETS = {"qkv_proj": "attn", "out_proj": "attn", "fc_in": "mlp", "fc_out": "mlp"}  # the official modules, and where they are
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter.safetensors", "adapter_config.json"
@@ -69,6 +70,20 @@ def shapes(config: Config, lora: Lora) -> dict[str, tuple[int, int]]:
             if target in lora.targets:
                 (n, k), (a, b) = sizes[target], tensor_names(module(i, target))
                 found[a], found[b] = (lora.rank, k), (n, lora.rank)
+    return found
+
+
+def mask_seed(seed: int, state: int, block: int, number: int) -> int:
+    """Of dropout's mask for target ``number`` of a block, the ``state``-th time that masks are drawn."""
+    return int(np.random.SeedSequence([seed, state, block, number]).generate_state(1, np.uint64)[0])
+
+
+def begin(config: Config, lora: Lora, seed: int) -> dict[str, Parameter]:
+    """As PEFT begins: A is uniform within 1 / sqrt(inputs), B zero, so that nothing changes at first."""
+    rng, found = np.random.default_rng(seed), {}
+    for name, shape in shapes(config, lora).items():
+        limit = shape[1] ** -0.5 if ".lora_A." in name else 0
+        found[name] = Parameter(name, rng.uniform(-limit, limit, shape).astype(np.float32), np.zeros(shape, np.float32))
     return found
 
 

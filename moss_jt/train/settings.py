@@ -34,7 +34,9 @@ class Settings:
     skip_bad: bool = False
     resume: bool | None = None  # None: where there is a checkpoint; True: there must be one; False: start anew
     dtype: str = "fp16"  # of the resulting checkpoint
+    device: str = "auto"  # what computes: auto, cpu or cuda; a GPU trains adapters only
     ram: str | int | None = None  # for an adapter: the most memory, in bytes or like "6GiB"
+    vram: str | int | None = None  # the same of a GPU's memory
 
     def __post_init__(self) -> None:
         """Raises MossError for a number that makes no sense."""
@@ -49,6 +51,12 @@ class Settings:
             raise MossError(f"seed is {self.seed}, it can be at most {_LARGEST_SEED}")
         if self.ram is not None and not self.lora:
             raise MossError("ram is a budget for frozen weights: without an adapter, all weights have to be in memory")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise MossError(f"device is {self.device!r}, expected auto, cpu or cuda")
+        if not self.lora and (self.device == "cuda" or self.vram is not None):
+            raise MossError("all weights are trained on the CPU only: take --device cpu, or --lora_rank for an adapter")
+        if self.vram is not None and self.device == "cpu":
+            raise MossError("vram is a budget of a GPU's memory, and device is cpu")
         if self.lora and self.dtype != "fp16":
             raise MossError(
                 "dtype is a whole model's; an adapter is written as it is, and merging it can quantise what comes of it"

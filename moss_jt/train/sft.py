@@ -129,5 +129,6 @@ def make(prepared: Prepared) -> tuple[Any, Any]:
     from . import AdamW, Trainee
 
     s = prepared.settings
-    trainee = Trainee(prepared.weights, s.lora, ram=s.ram, seed=s.seed)
+    tokens = min(max(s.train_bsz_per_gpu, s.eval_bsz_per_gpu) * s.max_seq_len, prepared.weights.config.n_ctx)
+    trainee = Trainee(prepared.weights, s.lora, s.device, s.ram, s.vram, s.seed, tokens)
     return trainee, AdamW(trainee.parameters, s.learning_rate, s.weight_decay)

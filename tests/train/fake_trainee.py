@@ -23,7 +23,7 @@ class FakeTrainee:
 
     kept = 0.9  # share of a row of wte that dropout leaves
 
-    def __init__(self, weights, lora=None, device="auto", ram=None, seed=0):
+    def __init__(self, weights, lora=None, device="auto", ram=None, vram=None, seed=0, tokens=None):
         of_file = pieces(weights.config)
         files = {p.official: name for name, its in of_file.items() for p in its}
         self.parameters = {}

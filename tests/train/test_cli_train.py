@@ -150,7 +150,7 @@ def test_settings_from_yaml_and_the_command_line_over_them(sft, here):
 @pytest.mark.parametrize(
     ("text", "code", "says"),
     [
-        ("learning_rat: 1", 1, "sft.yaml: 'learning_rat' is not a setting; settings are data_dir, dtype, "),
+        ("learning_rat: 1", 1, "sft.yaml: 'learning_rat' is not a setting; settings are data_dir, device, "),
         ("- 1", 1, "sft.yaml: holds no settings"),
         ("a: [", 1, "sft.yaml: not YAML: "),
         ("keep: many", 2, "Invalid value for '--keep': 'many' is not a valid integer"),
