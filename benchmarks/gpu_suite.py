@@ -42,6 +42,7 @@ PROMPT = 1024
 # Seconds after the beginning. No budget is begun later than the first, so that there is time for what comes then, and
 # nothing takes longer than the second: what there is by then is drawn and written.
 _SWAP_UNTIL, LIMIT = 400, 530
+LORA, LORA_BUDGET, LORA_TOKENS = "int8", "12GiB", 2048  # of which weights an adapter is trained, and within what
 WANTED = {"fp16": (0.80, 0.60), "int8": (0.75, 0.45), "int4": (0.65, 0.45)}  # shares of the copy, and of cuBLAS
 
 
@@ -134,6 +135,8 @@ def build() -> float:
             "from moss_jt.model import Model\n"
             "weights = models.write(Path(sys.argv[1]) / 'model')\n"
             "Model(weights, 64, device=open_device(weights, 64, device='cuda')).logits(np.arange(9))\n"
+            "from moss_jt.train import Lora, Trainee\n"
+            "Trainee(weights, Lora(), 'cuda', tokens=64)\n"
         )
         subprocess.run([sys.executable, "-c", code, folder, str(ROOT)])  # what goes wrong here, the tests say, too
     return time.monotonic() - start
@@ -185,6 +188,8 @@ def measure(
             resident = _resident(folder, repeat)
             del into["why_not"]
             into.update(resident)
+            if name == LORA:
+                into["lora"] = gpu_swap.in_time(left, lambda: lora(folder))
             gpu_swap.measure(into["swap"], folder, name, left, turns)
     except MossError as e:
         into["why_not"] = str(e)
@@ -202,6 +207,15 @@ def _resident(folder: Path, repeat: int) -> dict:
     finally:
         gc.collect()  # the device's memory is wanted next
     return {"decode": decode, "prefill": prefill, "device_bytes": taken}
+
+
+def lora(folder: Path) -> dict:
+    """Training an adapter within a budget of the device's memory, in a process of its own: as lora.py says it."""
+    command = [sys.executable, str(HERE / "lora.py"), "--folder", str(folder), "--device", "cuda", "--vram", LORA_BUDGET]
+    done = subprocess.run([*command, "--tokens", str(LORA_TOKENS), "--json"], capture_output=True, text=True)
+    if done.returncode:
+        return {"why_not": (done.stderr.strip().splitlines() or ["it failed"])[-1]}
+    return json.loads(done.stdout)
 
 
 def peer(layers: int) -> dict:
@@ -249,11 +263,20 @@ def draw(found: dict) -> None:
             table.add_row(f"transformers {kind}", f"{peer[kind]:,.1f}", "", "", "")
     Console().print(table)
     draw_swap([case for name in CODINGS for case in found[name]["swap"]["cases"]], found["fp16"]["swap"])
+    draw_lora(found[LORA].get("lora", {}))
     for name in (*CODINGS, "peer"):
         if "why_not" in found[name]:
             print(f"{name}: not measured: {found[name]['why_not']}")
     for name, result in found["tests"].items():
         print(f"{'ok  ' if not result['code'] else 'FAIL'} {name}: {result['summary']}")
+
+
+def draw_lora(found: dict) -> None:
+    if "why_not" in found:
+        print(f"{LORA}, an adapter: not measured: {found['why_not']}")
+    elif found:
+        speed = f"{found['tokens_s']:,.0f} tokens/s, {found['tokens']} at a time"
+        print(f"{LORA}, an adapter within {LORA_BUDGET}: {speed}, at most {found['device_peak_bytes'] / 2**30:.2f} GiB taken")
 
 
 def draw_swap(cases: list[dict], fp16: dict) -> None:

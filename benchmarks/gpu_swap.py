@@ -46,14 +46,15 @@ def measure(into: dict, folder: Path, dtype: str, left: Callable[[], float], tur
     ``into``, which is returned, as soon as it is measured."""
     into["cases"] = []
     for case in (vram.Case("cuda", *case) for case in CASES if case[0] == dtype):
-        into["cases"].append({**asdict(case), **_in_time(left, lambda case=case: vram.measure(folder, case, 1.0))})
+        into["cases"].append({**asdict(case), **in_time(left, lambda case=case: vram.measure(folder, case, 1.0))})
     if dtype == "fp16":
-        into["process"] = _in_time(left, lambda: _one_process(folder, turns))
-        into["accelerate"] = _in_time(left, lambda: accelerate(open_weights(folder).config.n_layer, SMALL))
+        into["process"] = in_time(left, lambda: _one_process(folder, turns))
+        into["accelerate"] = in_time(left, lambda: accelerate(open_weights(folder).config.n_layer, SMALL))
     return into
 
 
-def _in_time(left: Callable[[], float], work: Callable[[], dict]) -> dict:
+def in_time(left: Callable[[], float], work: Callable[[], dict]) -> dict:
+    """What ``work`` measures, unless no time is left for it."""
     return work() if left() > 0 else {"why_not": "no time was left"}
 
 

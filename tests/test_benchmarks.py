@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -206,6 +207,24 @@ def test_gpu_swap(monkeypatch, capsys):
     for text in ("0.8 tokens/s, 16 sequences together 12", "4 sweeps, not 16; the ids are the same", "500 turns took 0.0 MiB"):
         assert text in shown
     assert "accelerate: not measured: it is not there" in shown
+
+
+def test_gpu_suite_s_adapter(monkeypatch, capsys):
+    """What lora.py says in a process of its own, or why it says nothing."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    suite, asked = program("gpu_suite"), []
+    said = {"tokens_s": 1234.5, "tokens": 2048, "device_peak_bytes": 11 << 30}
+    answers = [SimpleNamespace(returncode=0, stdout=json.dumps(said)), SimpleNamespace(returncode=1, stderr="a\nno room\n")]
+    monkeypatch.setattr(suite.subprocess, "run", lambda command, **how: asked.append(command) or answers.pop(0))
+    for _ in range(2):
+        suite.draw_lora(suite.lora(Path("folder")))
+    suite.draw_lora({})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "int8, an adapter within 12GiB: 1,234 tokens/s, 2048 at a time, at most 11.00 GiB taken"
+    assert second == "int8, an adapter: not measured: no room"
+    monkeypatch.setattr(sys, "argv", [str(word) for word in asked[0][1:]])
+    given = program("lora").options()
+    assert (given.folder, given.device, given.vram, given.tokens, given.json) == (Path("folder"), "cuda", "12GiB", 2048, True)
 
 
 @pytest.mark.parametrize("where", ["build", "measure"])

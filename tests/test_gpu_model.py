@@ -123,6 +123,31 @@ def test_the_likeliest_are_those_of_all_logits(tmp_path):
 
 
 @pytest.mark.parametrize("coding", list(CODINGS))
+@pytest.mark.parametrize("streamed", [True, False])
+def test_an_adapter_s_gradients(tmp_path, coding, streamed):
+    """As the CPU finds them, up to the rounding to TF32; and the same bits each time."""
+    from moss_jt.train import Batch, Lora, Trainee
+    from moss_jt.train.gpu_plan import Space, needs
+
+    weights = models.write(tmp_path / "model", *CODINGS[coding], n_embd=256, n_head=4, n_layer=6)
+    lora, rng = Lora(4, 8.0, dropout=0.1), np.random.default_rng()
+    vram = needs(weights, Space(weights.config, lora, 300)).smallest if streamed else None
+    gpu, cpu = Trainee(weights, lora, "cuda", vram=vram, tokens=300), Trainee(weights, lora, "cpu", tokens=300)
+    for a, b in zip(gpu.parameters.values(), cpu.parameters.values()):
+        a.value[...] = b.value[...] = rng.standard_normal(a.value.shape) * a.value.shape[1] ** -0.5
+    ids = rng.integers(0, 2100, (3, 90)).astype(np.int32)
+    found = []
+    for trainee in (gpu, gpu, cpu):
+        trainee.zero_gradients()
+        trainee.dropout_state = 0
+        loss = trainee.train(Batch(ids, ids), 1 / 267).loss
+        found.append((loss, np.concatenate([p.gradient.reshape(-1) for p in trainee.parameters.values()])))
+    assert gpu.streams == streamed and np.array_equal(found[0][1], found[1][1]) and found[0][0] == found[1][0]
+    assert error(found[0][1], found[2][1]) < 1e-2 and abs(found[0][0] - found[2][0]) < 1e-3 * found[2][0]
+    assert gpu.gpu.peak <= gpu.gpu.plan.budget
+
+
+@pytest.mark.parametrize("coding", list(CODINGS))
 def test_two_blocks_of_the_full_size(tmp_path, coding):
     from moss_jt.bench import Shape, moon, random_checkpoint
     from moss_jt.weights.layout import Coding

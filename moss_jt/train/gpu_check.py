@@ -36,9 +36,7 @@ def opened(weights: Weights, lora: Lora, parameters: dict[str, Parameter], token
 
 def check(coding: Coding) -> None:
     """Raises MossError where gradients are wrong. Says nothing where that has been found out before."""
-    devices = [(device.name, device.capability) for device in cuda.driver().devices]
-    key = hashlib.md5(repr((source(), coding.to_dict(), devices, cuda.driver().version)).encode())
-    stamp = Path(jittor().flags.cache_path) / f"moss-jt-{key.hexdigest()[:16]}.trained"
+    stamp = _stamp(coding)
     if stamp.exists():
         return
     from ..bench import Shape, random_checkpoint  # here, because what it measures with is made of trainees, too
@@ -52,6 +50,12 @@ def check(coding: Coding) -> None:
             "moss-jt, or of the driver; --device cpu does without"
         )
     stamp.touch()
+
+
+def _stamp(coding: Coding) -> Path:
+    devices = [(device.name, device.capability) for device in cuda.driver().devices]
+    key = hashlib.md5(repr((source(), coding.to_dict(), devices, cuda.driver().version)).encode())
+    return Path(jittor().flags.cache_path) / f"moss-jt-{key.hexdigest()[:16]}.trained"
 
 
 def _error(weights: Weights) -> float:

@@ -47,7 +47,7 @@ class Trainee:
         tokens: int | None = None,
     ):
         """``device``: ``auto``, ``cpu`` or ``cuda``; a GPU trains adapters only. With auto, a line on stderr says why one that
-        is there is not used. ``ram``: a budget of this process's memory, in bytes or like ``"6GiB"``, for adapters: frozen blocks
+        is there is not used. ``ram``: a budget of this process's memory, in bytes or like ``"6GiB"``, for adapters: blocks
         that do not fit are read from disk for each batch, once forwards and once backwards; None: what the machine can spare.
         On a GPU it is for blocks that do not fit there. ``vram``: a budget of the GPU's memory; None: what is free, less a
         margin. ``tokens``: how many at a time a budget, or a GPU, has room for, by default the model's context; larger batches

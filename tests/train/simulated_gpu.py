@@ -4,6 +4,7 @@ in place of its op, and numpy in cuBLAS' place."""
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,7 +60,6 @@ def install(monkeypatch, seed: int, size: int = 5 << 18) -> Device:
 class Kernels(gpu_ops.Kernels):
     def __init__(self, device: Device, kernels):
         self._device, self._kernels = device, kernels
-        self._thread = Worker("emulated kernels")  # shared memory is that of one thread of the host
 
     def prepare(self) -> None: ...
 
@@ -71,10 +71,16 @@ class Kernels(gpu_ops.Kernels):
         device = self._device
 
         def run() -> None:
-            self._thread.start(self._kernels.train, call.ctypes.data, Memory(device.memory, device.written)).result()
+            _thread().start(self._kernels.train, call.ctypes.data, Memory(device.memory, device.written)).result()
 
         device.calls.append(int(call["what"][0]))
         device.launch(run)
+
+
+@cache
+def _thread() -> Worker:
+    """Of the host, which is that of all kernels: what they share is its own."""
+    return Worker("emulated kernels")
 
 
 class Blas:

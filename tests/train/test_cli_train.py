@@ -217,6 +217,20 @@ def test_quantised_weights_are_not_trained(sft, base, here):
     assert code == 1 and "int8: is in int8, whose weights cannot be trained" in stderr and "--lora_rank" in stderr
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--device", "cuda"], "all weights are trained on the CPU only: take --device cpu, or --lora_rank for an adapter"),
+        (["--vram", "4GiB"], "all weights are trained on the CPU only"),
+        (["--lora_rank", "2", "--device", "cpu", "--vram", "4GiB"], "vram is a budget of a GPU's memory, and device is cpu"),
+        (["--device", "tpu"], "Invalid value for '--device'"),
+    ],
+)
+def test_a_gpu_for_what_it_does_not_do(sft, more, says):
+    code, _, stderr = sft(*more)
+    assert code == 2 and says in " ".join(stderr.split())
+
+
 def test_numbers_that_overflow_are_noticed(sft, here):
     code, _, stderr = sft("--learning_rate", "1e30", "--save_step", "1", "--warmup_rates", "0")
     assert code == 1 and "beyond all numbers" in stderr and "Traceback" not in stderr

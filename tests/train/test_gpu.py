@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from moss_jt import MossError, convert
+from moss_jt.config import Config
 from moss_jt.train import Batch, Lora, Trainee
 from moss_jt.train.batch import Counted
 from moss_jt.train.gpu import OnGpu, _official_rows
 from moss_jt.train.gpu_plan import Space, make_plan, needs
 from moss_jt.train.parameter import Parameter
 from moss_jt.weights import open_weights
+from moss_jt.weights.layout import Coding, files_of
 
 from ..checkpoints import small_config
 from ..gptq_checkpoints import random_gptq
@@ -165,13 +168,56 @@ def test_budgets(tmp_path):
 
 def test_the_least_for_the_whole_model():
     """34 blocks in int8, 2048 tokens at a time: 12 GiB hold more than that."""
-    from types import SimpleNamespace
-
     from moss_jt.bench import moon
-    from moss_jt.weights.layout import Coding, files_of
 
     config, coding = moon(34), Coding("int8", "int8")
     files = {name: SimpleNamespace(tensors=tensors) for name, tensors in files_of(config, coding).items()}
     weights = SimpleNamespace(config=config, coding=coding, regions=files)
     plan = make_plan(weights, Space(config, Lora(8, 16), 2048), 12 << 30)
     assert 8 < plan.blocks.count("resident") < 20
+
+
+def test_what_a_gpu_is_asked_for(tmp_path, monkeypatch, capsys):
+    """Refused in a line where it cannot be, and with auto the CPU does it."""
+    weights, _, _ = model(tmp_path, 1, "int8", **SMALL)
+    devices: list = []
+    monkeypatch.setattr("moss_jt.train.trainee.cuda.driver", lambda: SimpleNamespace(devices=devices))
+    for how in ({"device": "cpu"}, {"device": "auto"}):
+        with pytest.raises(MossError, match="a budget of VRAM is given, but the CPU computes"):
+            Trainee(weights, LORA, vram="4GiB", **how)
+    for how in ({"device": "cuda"}, {"vram": 1}):
+        with pytest.raises(MossError, match="all weights are trained on the CPU only: take --device cpu, or train an adapter"):
+            Trainee(weights, None, **how)
+    assert Trainee(weights, LORA).gpu is None and capsys.readouterr().err == ""
+
+    def refuses(*given) -> OnGpu:
+        raise MossError("it is wrong")
+
+    devices.append(SimpleNamespace(capability=(9, 0)))
+    of = Trainee.__init__.__globals__["jittor"]
+    monkeypatch.setattr(
+        "moss_jt.train.trainee.jittor", lambda device: of("cpu") if device == "cpu" else SimpleNamespace(has_cuda=1)
+    )
+    monkeypatch.setattr("moss_jt.train.gpu_check.opened", refuses)
+    assert Trainee(weights, LORA).gpu is None
+    assert capsys.readouterr().err == "moss-jt: using the CPU: it is wrong\n"
+    for how in ({"device": "cuda"}, {"vram": "4GiB"}):
+        with pytest.raises(MossError, match=r"^device cuda: it is wrong$"):
+            Trainee(weights, LORA, **how)
+    monkeypatch.setattr("moss_jt.train.gpu_check.opened", lambda *given: given)
+    trainee = Trainee(weights, LORA, vram="4GiB", tokens=7, seed=5)
+    assert trainee.gpu[3:] == (7, 5, "4GiB", None) and trainee.gpu[2] is trainee.parameters
+
+
+def test_a_wrong_gpu_is_found_out(monkeypatch):
+    """The check's model through the simulated GPU: right as it is, and wrong where one kernel is."""
+    from moss_jt.train import gpu_check
+
+    monkeypatch.setattr(gpu_check, "_SMALL", Config(1, 32, 4, 48, 4, 24, 60))
+    monkeypatch.setattr(gpu_check, "_TOKENS", 24)
+    monkeypatch.setattr(gpu_check, "_stamp", lambda coding: SimpleNamespace(exists=lambda: False, touch=lambda: None))
+    simulated_gpu.install(monkeypatch, 1)
+    gpu_check.check(Coding("int4", "int8"))
+    monkeypatch.setattr(simulated_gpu.Kernels, "weigh_backward", lambda *given: None)
+    with pytest.raises(MossError, match=r"wrong by [\d.e-]+ of their size"):
+        gpu_check.check(Coding("int4", "int8"))
