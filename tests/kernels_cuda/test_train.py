@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from moss_jt.ops import rotary_angles
+from moss_jt.train.gpu_ops import CALL
 
 from .. import dequantise, reference
 from ..emulation.build import build, inout, unwritten
 
 WRAPPERS = """
 #include "train.cuh"
+int64_t call_bytes(int calls) { return calls * sizeof(TrainCall); }
 void run(int what, int64_t rows, int64_t n0, int64_t n1, int64_t n2, int64_t n3, int64_t n4, float one, float two, void* a,
          void* b, void* c, void* d, void* e, void* f) {
     TrainCall call = {what, {rows, n0, n1, n2, n3, n4}, {one, two}, {a, b, c, d, e, f}};
@@ -38,6 +40,10 @@ def run():
                 assert np.array_equal(x, place.array)
 
     return call
+
+
+def test_a_call_is_laid_out_alike():
+    assert build(WRAPPERS).call_bytes(3) == 3 * CALL.itemsize
 
 
 def floats(rng, *shape) -> np.ndarray:
