@@ -40,6 +40,8 @@ def prepare(settings: Settings) -> Prepared:
             f"{weights.folder}: is in {weights.coding}, whose weights cannot be trained; take the model in fp16, or train an "
             "adapter with --lora_rank"
         )
+    if started()[1] > 1 and (settings.device == "cuda" or settings.vram is not None):
+        raise MossError("several processes train on the CPU only: leave out mpirun, or --device cuda and --vram")
     tokenizer, limit = load_tokenizer(weights.folder), min(settings.max_seq_len, weights.config.n_ctx)
     paths = {name: settings.data_dir / f"{name}.jsonl" for name in ("train", "val")}
     train = read_conversations(paths["train"], tokenizer, limit, settings.skip_bad)

@@ -231,6 +231,12 @@ def test_a_gpu_for_what_it_does_not_do(sft, more, says):
     assert code == 2 and says in " ".join(stderr.split())
 
 
+def test_several_processes_do_not_take_a_gpu(sft, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    code, _, stderr = sft("--lora_rank", "2", "--device", "cuda")
+    assert code == 1 and "several processes train on the CPU only" in stderr and stderr.count("\n") == 1
+
+
 def test_numbers_that_overflow_are_noticed(sft, here):
     code, _, stderr = sft("--learning_rate", "1e30", "--save_step", "1", "--warmup_rates", "0")
     assert code == 1 and "beyond all numbers" in stderr and "Traceback" not in stderr
