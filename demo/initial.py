@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-SIZES = {"n_layer": 6, "n_embd": 128, "n_head": 4, "n_inner": None, "rotary_dim": 16, "n_ctx": 512, "n_positions": 512}
+SIZES = {"n_layer": 8, "n_embd": 128, "n_head": 4, "n_inner": None, "rotary_dim": 16, "n_ctx": 512, "n_positions": 512}
 DEVIATION = 0.02  # of all matrices, GPT-2's; of those that add to the residual stream 1/sqrt(2 n_layer) of it
 
 

@@ -35,11 +35,11 @@ class Stage(NamedTuple):
 # Copying numbers is learned soonest where there are no others, so questions stand alone before they come one after another;
 # what moss-jt is asked about takes longest, and is learned last, with one answer to a subject.
 STAGES = (
-    Stage(10000, 4, 1.5e-3, turns=(1, 2, 3, 3, 4, 4), sums=0.43, variants=2),
-    Stage(12000, 8, 1.5e-3, turns=(1,), sums=0.65, variants=2),
-    Stage(8000, 4, 1.2e-3, turns=(1, 1, 2, 2, 3, 4), sums=0.43, variants=2),
-    Stage(20000, 8, 1.2e-3, turns=(1, 1, 1, 2, 2, 3), sums=0.35, variants=1),
-    Stage(13000, 8, 1.2e-3, turns=(1, 1, 1, 2), sums=0.25, variants=1),
+    Stage(12000, 4, 1.5e-3, turns=(1, 2, 3, 3, 4, 4), sums=0.43, variants=2),
+    Stage(20000, 8, 1.5e-3, turns=(1,), sums=0.65, variants=2),
+    Stage(30000, 8, 1.2e-3, turns=(1, 1, 2, 2, 3, 4), sums=0.43, variants=2),
+    Stage(70000, 8, 1.2e-3, turns=(1, 1, 1, 2, 2, 3), sums=0.35, variants=1),
+    Stage(50000, 16, 1e-3, turns=(1, 1, 1, 2), sums=0.3, variants=1),
 )
 VALIDATION = 200  # conversations
 

@@ -130,12 +130,19 @@ class Topics:
 
 # ---- as people write --------------------------------------------------------------------------------------------------------
 
+_SMALL = re.compile(
+    r"\b(?:the|a|an|is|are|do|does|i|my|me|to|of|for|you|your|it|its|this|that|there|be|so|just|please|have|has|am|will|would|"
+    r"in|on)\b ?"
+)
+_SMALL_ZH = re.compile(r"[的了我你吗呢吧啊呀是有就都把个一]")
 _ASKS = re.compile(r"^(what|how|who|which|where|why|can|do|does|is|are|will|when|should|may|did|was|were|am|could|has|have)\b")
 
 
 def as_written(question: str, topics: Topics, rng: random.Random, careful: bool = False) -> str:
     """With or without a polite word, a capital, a question mark, and, unless careful, now and then a slip of the fingers."""
     asks = bool(_ASKS.match(question))
+    if not careful and rng.random() < 0.12:
+        question = terse(question, rng)
     if rng.random() < 0.12 and len(question) > 8:
         question = rng.choice(topics.lists["before"]) + question
     if asks and not careful and rng.random() < 0.06:
@@ -156,6 +163,8 @@ def as_written_zh(question: str, topics: Topics, rng: random.Random, careful: bo
         question = rng.choice(topics.lists["before"]) + question
     if rng.random() < 0.08 and len(question) > 3 and question[-1] not in "吗呢吧？":
         question += rng.choice(topics.lists["after"])
+    if not careful and rng.random() < 0.12 and len(question) > 5:
+        question = terse(question, rng, _SMALL_ZH)
     if not careful and rng.random() < 0.1 and len(question) > 5:
         cut = rng.randrange(len(question))
         if "\u4e00" <= question[cut] <= "\u9fff":
@@ -163,6 +172,13 @@ def as_written_zh(question: str, topics: Topics, rng: random.Random, careful: bo
     if question[-1] not in "？。！，?!.":
         question += rng.choice(("？", "？", "？", "", "?", "。"))
     return question
+
+
+def terse(text: str, rng: random.Random, small: re.Pattern = _SMALL) -> str:
+    """The text without some of its small words, or all of them; as it is where little would be left."""
+    share = rng.choice((0.3, 0.6, 1))
+    found = small.sub(lambda word: "" if rng.random() < share else word[0], text).strip()
+    return found if 2 * len(found) > len(text) else text
 
 
 def slip(text: str, rng: random.Random) -> str:

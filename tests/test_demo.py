@@ -101,7 +101,7 @@ def test_what_the_answers_name_is_there(language):
 
     walk(group, "")
     for answer in answers(language):
-        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", answer)) <= options, answer
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", answer)) <= options, answer
         named = re.findall(r"(?<![\w./~-])/([a-z]+)(?![\w/.])", answer)
         assert set(named) <= set(chat_commands.COMMANDS), answer
         for first, second in re.findall(r"moss-jt (convert|eval|train) ([a-z]+)", answer):
