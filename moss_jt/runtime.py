@@ -22,6 +22,7 @@ from types import ModuleType
 from . import cuda, first_compile, requirements, toolkit
 from .errors import MossError
 from .machine import cores
+from .mpirun import started
 
 # Read by Jittor while it is imported; what the user has set stays.
 _ENVIRONMENT = {
@@ -53,7 +54,8 @@ def jittor(device: str = "auto", threads: int | None = None, save_mem: bool = Fa
 
     device: ``cuda`` has CUDA compiled in, ``cpu`` has not, ``auto`` has it where a device answers and Jittor can use its
     toolkit; where only the toolkit is wanting, one line on stderr says why. What is imported first stays for the process.
-    threads: for OpenMP, of the calling thread's ops from now on. By default OMP_NUM_THREADS, or else every usable core.
+    threads: for OpenMP, of the calling thread's ops from now on. By default OMP_NUM_THREADS, or else every usable core, or of
+    those a share where mpirun started several processes.
     save_mem: with CUDA, whatever the device, and Jittor's own swapping compiled in, which is a core of its own.
     Raises MossError where something is missing, naming the fix, before Jittor is imported.
     """
@@ -113,7 +115,7 @@ def _nvcc(device: str) -> str:
 def _import(nvcc: str, threads: int | None, save_mem: bool) -> ModuleType:
     chosen = {"nvcc_path": nvcc, "python_config_path": str(requirements.python_config()), **_core(nvcc, save_mem), **_mpi()}
     if threads or "OMP_NUM_THREADS" not in os.environ:
-        chosen["OMP_NUM_THREADS"] = str(threads or cores().usable)
+        chosen["OMP_NUM_THREADS"] = str(threads or _threads())
     cache = requirements.cache_folder()
     with _environment(chosen), _process_kept():
         try:
@@ -133,6 +135,13 @@ def _import(nvcc: str, threads: int | None, save_mem: bool) -> ModuleType:
             why = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
             raise MossError(f"Jittor cannot be imported ({why}); to compile it afresh: rm -r '{cache}'") from e
     return jittor
+
+
+def _threads() -> int:
+    """Every usable core; where mpirun bound this process to none in particular, its share of them."""
+    here = cores()
+    bound = here.logical < (os.cpu_count() or 1)
+    return here.usable if bound else max(1, here.usable // started().here)
 
 
 def _mpi() -> dict[str, str]:

@@ -12,6 +12,7 @@ import pytest
 from moss_jt import cuda, requirements, runtime, toolkit
 from moss_jt.cuda import Choice, Device, Driver, Toolkit
 from moss_jt.errors import MossError
+from moss_jt.machine import Cores
 
 # Imports Jittor as a program would, and says what that did to the process.
 PROGRAM = r"""
@@ -228,6 +229,19 @@ def test_environment_of_the_import(monkeypatch):
         os.environ.update(cc_path="set by Jittor")
     assert (seen["use_mkl"], seen["nvcc_path"], seen["log_silent"], seen["use_cutt"]) == ("1", "", "1", "0")
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("started_here", "logical", "threads"),
+    [(None, 8, 4), (2, 8, 2), (3, 8, 1), (16, 8, 1), (2, 2, 1), (2, 4, 2)],  # bound where fewer than the machine's 8
+)
+def test_processes_of_one_machine_share_its_cores(monkeypatch, started_here, logical, threads):
+    monkeypatch.delenv("OMPI_COMM_WORLD_LOCAL_SIZE", raising=False)
+    if started_here:
+        monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", str(started_here))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(runtime, "cores", lambda: Cores(logical, logical // 2, None))
+    assert runtime._threads() == threads
 
 
 def test_started_by_mpirun(monkeypatch):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+import traceback
 from importlib import import_module
+from typing import Callable, NoReturn
 
 import click
 
 from .. import __version__
 from ..errors import MossError
+from ..mpirun import started
 
 # Command -> the line that ``moss-jt --help`` shows for it. Its module is moss_jt.cli.NAME, its object there ``command``.
 COMMANDS = {
@@ -49,14 +53,34 @@ def main(args: list[str] | None = None) -> None:
     try:
         sys.exit(group.main(args, prog_name="moss-jt", standalone_mode=False) or 0)
     except MossError as e:
-        click.echo(f"moss-jt: {e}", err=True)
-        sys.exit(1)
+        line = f"moss-jt: {e}"
+        _fail(1, lambda: click.echo(line, err=True))
     except click.ClickException as e:
-        e.show()
-        sys.exit(e.exit_code)
+        _fail(e.exit_code, e.show)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("", err=True)
-        sys.exit(130)
+        _fail(130, lambda: click.echo("", err=True))
     except BrokenPipeError:  # the reader of a pipe left; Python would complain again while closing stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        _fail(1)
+    except Exception:
+        if started().processes == 1:
+            raise
+        _fail(1, traceback.print_exc)
+
+
+_HEAD_START = 5  # seconds
+
+
+def _fail(code: int, say: Callable[[], object] = lambda: None) -> NoReturn:
+    """Of several processes that mpirun started, one that fails ends at once, and mpirun the others with it: in the ordinary
+    way it would wait for them in MPI, and they for it. What all of them met, the first one says, which has a head start."""
+    rank, processes, _ = started()
+    if rank:
+        time.sleep(_HEAD_START)
+    say()
+    if processes == 1:
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(code)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, NoReturn
+from typing import TYPE_CHECKING, Any, Callable
 
 import click
 
 from ..errors import MossError
+from ..mpirun import started
 from . import progress, ui
 from .device import DEVICE
 from .size import SIZE, gigabytes
@@ -121,19 +120,12 @@ def _sft(**options: Any) -> None:
     Stopped anywhere, the same command goes on after the last checkpoint and gives the same numbers. The result is a folder in
     output_dir: model, which chat -m opens, or with --lora_rank adapter, which chat --adapter adds to the same model.
     """
-    from ..train.group import started
     from ..train.sft import prepare
 
-    settings, (rank, processes) = _settings(options), started()
-    try:
-        prepared = prepare(settings)
-        if not rank:
-            _say_data(prepared)
-        done = _train(prepared, first=not rank)
-    except MossError as e:
-        if processes == 1:
-            raise
-        _end_all(e, rank)
+    prepared, first = prepare(_settings(options)), started().rank == 0
+    if first:
+        _say_data(prepared)
+    done = _train(prepared, first)
     if done:
         click.echo(done)
 
@@ -162,15 +154,6 @@ def _train(prepared: Prepared, first: bool) -> Path | None:
             if first:
                 ui.note("Stopped. The same command goes on from here.")
             sys.exit(128 + (stop.signal or signal.SIGTERM))
-
-
-def _end_all(error: MossError, rank: int) -> NoReturn:
-    """End a process that others wait for, and with it, through mpirun, those. What several of them met, the first one says."""
-    if rank:
-        time.sleep(5)
-    click.echo(f"moss-jt: {error}", err=True)
-    sys.stderr.flush()
-    os._exit(1)  # in the ordinary way, MPI would wait for the others
 
 
 def _settings(options: dict[str, Any]) -> Settings:
@@ -206,7 +189,8 @@ def _left_out(data: Conversations) -> Iterator[str]:
 
 
 class _Stop:
-    """While it is armed, the first Ctrl-C, or SIGTERM, asks to stop where nothing is lost. A second one stops at once.
+    """While it is armed, the first Ctrl-C, or SIGTERM, asks to stop where nothing is lost. A second one stops at once. Under
+    mpirun SIGUSR1 does so, too: that is passed on without more, while Ctrl-C ends in SIGKILL two seconds later.
     ``says``: whether that is said."""
 
     def __init__(self, says: bool) -> None:
@@ -220,7 +204,8 @@ class _Stop:
         self.disarm()
 
     def arm(self) -> None:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        several = [signal.SIGUSR1] if started().processes > 1 else []
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM, *several)}
 
     def disarm(self) -> None:
         for number, handler in self._before.items():

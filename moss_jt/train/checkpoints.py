@@ -42,7 +42,7 @@ class Checkpoints:
     record is not continued. ``keep``: how many stay."""
 
     def __init__(self, folder: Path, record: dict, keep: int):
-        self.folder, self._record, self._keep = folder, json.loads(json.dumps(record)), keep
+        self.folder, self.record, self._keep = folder, json.loads(json.dumps(record)), keep
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -70,8 +70,8 @@ class Checkpoints:
         if not (found := self.all()):
             return None
         record = self._state(found[-1])["record"]
-        for name in [*record, *self._record]:
-            before, now = (r.get(name) for r in (record, self._record))
+        for name in [*record, *self.record]:
+            before, now = (r.get(name) for r in (record, self.record))
             if before != now:
                 there = f"{found[-1]}: was made with " + _difference(name, before, now)
                 raise MossError(f"{there}; go on with that, choose another output_dir, or start anew with --no_resume")
@@ -103,7 +103,7 @@ class Checkpoints:
                 trained.save(partial)
                 write_arrays(partial / OPTIMIZER, optimizer.state())
                 with whole_file(partial / STATE) as file:
-                    state = {"format": FORMAT, "position": asdict(position), "record": self._record}
+                    state = {"format": FORMAT, "position": asdict(position), "record": self.record}
                     file.write(json.dumps(state, indent=1).encode() + b"\n")
                 sync(partial)
                 partial.rename(path)

@@ -75,13 +75,19 @@ class Full:
         return table
 
 
-def _read(weights: Weights) -> dict[str, Parameter]:
+def check_memory(weights: Weights, processes: int = 1) -> None:
+    """Raises MossError where so many that train all weights would not fit this machine."""
     needed = 16 * sum(math.prod(shape) for shape in official_shapes(weights.config).values())
-    if needed > (available := memory().available):
+    if processes * needed > (available := memory().available):
+        each = f"in each of {processes} processes, " if processes > 1 else ""
         raise MossError(
             f"{weights.folder}: to train all its weights takes {gib(needed)}, for them, their gradients and two moments each, "
-            f"and {gib(available)} are available: train an adapter (LoRA)"
+            f"{each}and {gib(available)} are available: train an adapter (LoRA)"
         )
+
+
+def _read(weights: Weights) -> dict[str, Parameter]:
+    check_memory(weights)
     found = {}
     for file, those in pieces(weights.config).items():
         ours = of_region(weights.regions[file])

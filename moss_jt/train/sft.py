@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from typing import Any, Callable
 
 from ..convert.job import source_record
 from ..errors import MossError
+from ..mpirun import started
 from ..tokenizer import load_tokenizer
 from ..weights import Weights, open_weights
 from .checkpoints import Checkpoints
 from .data import Conversations, read_conversations
-from .group import Group, join, started
+from .full import check_memory
+from .group import Group, join
 from .logs import Logs
 from .loop import Position, Training, Watcher
 from .result import Adapter, Progress, Whole
@@ -40,8 +43,10 @@ def prepare(settings: Settings) -> Prepared:
             f"{weights.folder}: is in {weights.coding}, whose weights cannot be trained; take the model in fp16, or train an "
             "adapter with --lora_rank"
         )
-    if started()[1] > 1 and (settings.device == "cuda" or settings.vram is not None):
+    if started().processes > 1 and (settings.device == "cuda" or settings.vram is not None):
         raise MossError("several processes train on the CPU only: leave out mpirun, or --device cuda and --vram")
+    if not settings.lora:
+        check_memory(weights, started().here)  # before the first of them takes any
     tokenizer, limit = load_tokenizer(weights.folder), min(settings.max_seq_len, weights.config.n_ctx)
     paths = {name: settings.data_dir / f"{name}.jsonl" for name in ("train", "val")}
     train = read_conversations(paths["train"], tokenizer, limit, settings.skip_bad)
@@ -50,7 +55,7 @@ def prepare(settings: Settings) -> Prepared:
         **settings.deciding,
         "model": source_record([region.path for region in weights.regions.values()]),
         "train.jsonl": train.digest,
-        "processes": started()[1],
+        "processes": started().processes,
     }
     return Prepared(settings, weights, train, val, Checkpoints(settings.output_dir, record, settings.keep))
 
@@ -101,6 +106,11 @@ def _begin(
     trained = Adapter(base, settings.lora, parameters) if settings.lora else Whole(base.folder, parameters, settings.dtype)
     position = checkpoints.load(last, trained, optimizer) if last else Position()
     trainee.dropout_state = position.dropout_state
+    if not group.agrees(_common(prepared, position)):
+        raise MossError(
+            f"{settings.output_dir}: the processes differ in their settings, model, data or checkpoint: all need the same "
+            "command, and the same folders, on every machine"
+        )
     logs = None
     if group.leads:
         checkpoints.check_room(trained, optimizer)
@@ -114,6 +124,12 @@ def _begin(
     both = [logs, *watchers] if logs else []
     training = Training(settings, trainee, optimizer, prepared.train, prepared.val, save, both, position, stopping, group)
     return trained, training, logs
+
+
+def _common(prepared: Prepared, position: Position) -> str:
+    """What processes that train together have to have in common: what decides the numbers, and who waits for whom when."""
+    s, val = prepared.settings, prepared.val and prepared.val.digest
+    return json.dumps([prepared.checkpoints.record, s.eval_step, s.save_step, s.eval_bsz_per_gpu, val, position.step])
 
 
 @dataclass(frozen=True)
