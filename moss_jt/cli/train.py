@@ -190,7 +190,7 @@ def _left_out(data: Conversations) -> Iterator[str]:
 
 class _Stop:
     """While it is armed, the first Ctrl-C, or SIGTERM, asks to stop where nothing is lost. A second one stops at once. Under
-    mpirun SIGUSR1 does so, too: that is passed on without more, while Ctrl-C ends in SIGKILL two seconds later.
+    mpirun SIGUSR1 does so, too: that is passed on without more, while Ctrl-C soon ends in SIGKILL.
     ``says``: whether that is said."""
 
     def __init__(self, says: bool) -> None:
