@@ -7,8 +7,6 @@ budget of VRAM bounds the same on a GPU, but for what CUDA itself takes there; w
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,11 +14,8 @@ from ..config import Config
 from ..errors import MossError
 from ..weights.layout import BITS, Coding, block_tensors, head_tensors
 from . import parts
-from .room import CHUNK, MIB, ROWS, SLOTS, Sizes
-
-RESIDENT, STREAMED, HOST, EITHER = "resident", "streamed", "host", "host or streamed"
-_JITTOR_UNIT = 2 * MIB  # its allocator's
-_HEAD_PART = 64 * MIB  # of lm_head, where it alone is streamed: large enough for a disk's full speed
+from .placement import EITHER, HOST, RESIDENT, STREAMED, in_pairs, placements, spread
+from .room import CHUNK, MIB, SLOTS, Sizes
 
 
 @dataclass(frozen=True)
@@ -254,15 +249,15 @@ def make_plan(
     ``host`` or ``jittor`` needs more RAM.
     """
     sizes = Sizes(config, coding, context, kv_cache, gpu, swap, None if swap == "host" else ram)
-    fitting = [placed for placed in _placements(sizes, budget - sizes.fixed) if placed.fits]
+    fitting = [placed for placed in placements(sizes, budget - sizes.fixed) if placed.fits]
     if not fitting:
         raise MossError(too_small(config, coding, context, f"a budget of {in_mib(budget)}", kv_cache, gpu, swap, ram))
     best = min(fitting, key=lambda placed: placed.brought)
     head, host = (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block, sizes.on_host(best.blocks)
     if swap == "auto" and host:
-        blocks = _in_pairs(host, config.n_layer - best.blocks - host, config.n_layer)
+        blocks = in_pairs(host, config.n_layer - best.blocks - host, config.n_layer)
     else:  # the first ones, since what goes into them is on the host already
-        blocks = (HOST,) * host + _spread(config.n_layer - best.blocks - host, config.n_layer - host, head)
+        blocks = (HOST,) * host + spread(config.n_layer - best.blocks - host, config.n_layer - host, head)
     plan = Plan(config, coding, context, budget, blocks, best.head_rows, best.part_rows, best.slot, kv_cache, gpu, swap)
     if ram is not None and swap == "host" and plan.host_memory > ram:
         raise MossError(
@@ -284,13 +279,13 @@ def less(plan: Plan, room: int) -> Plan | None:
     if not n or plan.swap == "jittor":
         return None
     sizes = Sizes(replace(plan.config, n_layer=n), plan.coding, plan.context, plan.kv_cache, plan.gpu)
-    placements = _placements(sizes, room + n * sizes.block_cache)
+    found = placements(sizes, room + n * sizes.block_cache)
     least = sizes.block if EITHER in plan.blocks else 0  # that a slot has to take
-    fitting = [placed for placed in placements if placed.fits and placed.slot >= least]
+    fitting = [placed for placed in found if placed.fits and placed.slot >= least]
     if not fitting:
         return None
     best = min(fitting, key=lambda placed: placed.brought)
-    others = iter(_spread(n - best.blocks, n, (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block))
+    others = iter(spread(n - best.blocks, n, (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block))
     blocks = tuple(where if where in (HOST, EITHER) else next(others) for where in plan.blocks)
     return replace(plan, blocks=blocks, head_rows=best.head_rows, part_rows=best.part_rows, slot=best.slot)
 
@@ -306,72 +301,7 @@ def smallest(
 ) -> int:
     """The smallest budget that works."""
     sizes = Sizes(config, coding, context, kv_cache, gpu, swap, None if swap == "host" else ram)
-    return sizes.fixed + min(-placed.left for placed in _placements(sizes, 0))
-
-
-@dataclass(frozen=True)
-class _Placement:
-    blocks: int  # resident ones
-    head_rows: int  # resident ones
-    part_rows: int
-    slot: int
-    left: int  # bytes of the room that are not used; below zero: so many are wanting
-    brought: int  # bytes that come from elsewhere, about
-
-    @property
-    def fits(self) -> bool:
-        return self.left >= 0
-
-
-def _placements(s: Sizes, room: int) -> Iterator[_Placement]:
-    """The kinds of placement there are, each with as much resident as fits."""
-    yield _placement(s, room, s.n_layer, 0, 0)
-    slot = max(s.block, s.head_rows(ROWS))
-    part = max(ROWS, s.rows_in(slot))
-    if s.swap == "jittor":
-        slot = -(-slot // _JITTOR_UNIT) * _JITTOR_UNIT
-        yield _Placement(0, 0, part, slot, room - s.blocks(0) - slot, 2 * (s.n_layer * s.block + s.head))
-        return
-    few = max(ROWS, min(s.rows_in(_HEAD_PART), s.vocab // 8 // ROWS * ROWS))
-    yield _placement(s, room, s.n_layer, few, s.head_rows(few))
-    if s.swap == "host":
-        yield _placement(s, room, s.blocks_in(room - s.head), 0, 0)
-        yield _placement(s, room, s.blocks_in(room - SLOTS * s.head_rows(few)), few, s.head_rows(few))
-        return
-    yield _placement(s, room, s.blocks_in(room - SLOTS * slot), part, slot)
-    if s.swap == "auto":
-        yield _placement(s, room, s.blocks_in(room - SLOTS * slot - s.head), part, slot)
-
-
-def _placement(s: Sizes, room: int, blocks: int, part_rows: int, slot: int) -> _Placement:
-    """With this many blocks resident, and as many rows of lm_head as still fit; all of them where there are no slots. What the
-    CPU computes counts half: it is read at twice the speed of a link, or more."""
-    left = room - SLOTS * slot - s.blocks(blocks)
-    rows = s.rows_in(max(0, left)) if slot else s.vocab
-    elsewhere, head = s.n_layer - blocks, s.head - s.head_rows(rows)
-    brought = 2 * (elsewhere * s.block + head) - s.on_host(blocks) * s.block
-    return _Placement(blocks, rows, part_rows, slot, left - s.head_rows(rows), brought)
-
-
-def _spread(streamed: int, blocks: int, head: float) -> tuple[str, ...]:
-    """Where each block is, with the streamed ones spread evenly over the sweep and lm_head's streamed part, as large as
-    ``head`` blocks, at its end: while resident ones are computed, the disk can fill two slots and no more."""
-    head = min(head, blocks - streamed)
-    chosen = {int((k + (head + 1) / 2) * blocks / (streamed + head)) for k in range(streamed)}
-    return tuple(STREAMED if i in chosen else RESIDENT for i in range(blocks))
-
-
-def _in_pairs(host: int, streamed: int, blocks: int) -> tuple[str, ...]:
-    """Where each block is, with ``host`` ones that are EITHER, and streamed ones evenly among them. They lie in pairs, as there
-    are two slots, spread evenly from the first block on: while the resident ones between two pairs are computed, the link fills
-    both slots, and where the CPU computes, the state crosses it only twice a pair."""
-    elsewhere = host + streamed
-    pairs, resident, found = math.ceil(elsewhere / SLOTS), blocks - elsewhere, []
-    kinds = [EITHER if (k + 1) * host // elsewhere > k * host // elsewhere else STREAMED for k in range(elsewhere)]
-    for k in range(pairs):
-        found += kinds[SLOTS * k : SLOTS * (k + 1)]
-        found += [RESIDENT] * (math.ceil((k + 1) * resident / pairs) - math.ceil(k * resident / pairs))
-    return tuple(found)
+    return sizes.fixed + min(-placed.left for placed in placements(sizes, 0))
 
 
 def too_small(

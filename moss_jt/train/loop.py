@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Callable, Protocol
+from typing import Any, Callable, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from .data import Conversations, Order, in_file_order
 from .group import Group
 from .schedule import cosine
 from .settings import Settings
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -114,7 +116,7 @@ class Training:
             self._save(self.position)
             self._saved = self.position.step
 
-    def _mine(self, parts: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    def _mine(self, parts: list[T]) -> Iterator[tuple[int, T]]:
         """This process's ones, numbered among all. Raises Stopped, in all processes at once, where one is asked to stop."""
         for first in range(0, len(parts), self._group.size):
             if self._group.any(self._stopping()):
@@ -145,13 +147,14 @@ class Training:
     def _gradients(self, parts: list[np.ndarray]) -> Measured:
         """Those of the mean over all tokens of the step that count, however they fall on its batches. Returns sums."""
         trainee, start, most = self._trainee, self._trainee.dropout_state, self._settings.train_bsz_per_gpu
-        tokens = sum(int((self._train.batch(which).labels != NO_LOSS).sum()) for which in parts)
+        batches = [self._train.batch(which) for which in parts]
+        tokens = sum(int((batch.labels != NO_LOSS).sum()) for batch in batches)
         trainee.zero_gradients()
         total = Measured(0.0, 0, 0)
         try:
-            for number, which in self._mine(parts):
+            for number, batch in self._mine(batches):
                 trainee.dropout_state = start + number * most  # a batch is divided into so many at most
-                found = trainee.train(self._train.batch(which), 1 / tokens)
+                found = trainee.train(batch, 1 / tokens)
                 total = Measured(*(a + b for a, b in zip(total, found)))
         except Stopped:
             trainee.dropout_state = start

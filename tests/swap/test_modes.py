@@ -68,7 +68,7 @@ def test_as_in_float64(kernels, weights, monkeypatch, swap, resident):
     exact = {id(ids): reference.logits(weights.config, state, ids) for ids in (a, b)}
 
     cuda = device.install(monkeypatch, kernels, int(rng.integers(1 << 30)))
-    monkeypatch.setattr("moss_jt.swap.plan._JITTOR_UNIT", 4096)  # or all would fit where one part does
+    monkeypatch.setattr("moss_jt.swap.placement._JITTOR_UNIT", 4096)  # or all would fit where one part does
     plan = replace(planned(weights, kv_cache, swap, resident), streams_from=4)
     on = gpu.Cuda(weights, plan, 1 << 40)
     model = Model(weights, CONTEXT, kv_cache=kv_cache, device=on)

@@ -15,8 +15,9 @@ from moss_jt import MossError, machine
 from moss_jt.config import KV_CACHES, Config
 from moss_jt.sizes import parse_size
 from moss_jt.swap import plan_for, plan_for_gpu
-from moss_jt.swap.plan import CHUNK, EITHER, HOST, MIB, RESIDENT, ROWS, STREAMED, Plan, Speeds, less, make_plan, smallest
+from moss_jt.swap.plan import CHUNK, EITHER, HOST, MIB, RESIDENT, STREAMED, Plan, Speeds, less, make_plan, smallest
 from moss_jt.swap.ring import Ring
+from moss_jt.swap.room import ROWS
 from moss_jt.weights.layout import BITS, PLAIN, Coding, block_tensors, head_tensors, matrix
 
 from .simulated import Device
