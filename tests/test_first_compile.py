@@ -101,7 +101,10 @@ def test_runs_again_when_jittor_asks_for_it(fake):
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        ("print('x.cc:1: \\x1b[01;31m\\x1b[Kerror: \\x1b[m\\x1b[Kboom'); raise RuntimeError", "x.cc:1: error: boom"),
+        (
+            "print('x.cc:1: \\x1b[01;31m\\x1b[Kerror: \\x1b[m\\x1b[Kboom', flush=True); raise RuntimeError",
+            "x.cc:1: error: boom",
+        ),
         ("raise AssertionError('openmp library not found')", "AssertionError: openmp library not found"),
         ("os.kill(os.getpid(), 6)", "it was ended by SIGABRT"),
         ("sys.exit(0)", "it said nothing"),
