@@ -48,8 +48,7 @@ def planned(weights, kv_cache: str, swap: str, resident: int, ram: int | None = 
 
 
 def close(ours, exact, kv_cache: str) -> None:
-    bound = 1e-2 if kv_cache == "int8" else 3e-3  # halves round the other way now and then
-    assert np.linalg.norm(ours - exact) < bound * np.linalg.norm(exact)
+    assert np.linalg.norm(ours - exact) < models.MOST[kv_cache] * np.linalg.norm(exact)
     best = exact.argmax()
     assert ours.argmax() == best or exact[best] - exact[ours.argmax()] < 0.02 * np.abs(exact).max()
 
