@@ -41,7 +41,7 @@ def both(weights, lora: Lora, rng, monkeypatch, vram=None, ram=None, tokens: int
     device = simulated_gpu.install(monkeypatch, int(rng.integers(1 << 30)))
     cpu = Trainee(weights, lora, device="cpu", seed=seed)
     for p in cpu.parameters.values():
-        p.value[...] = rng.standard_normal(p.value.shape) * p.value.shape[1] ** -0.5
+        p.value[...] = rng.standard_normal(p.value.shape) * 0.5 * p.value.shape[1] ** -0.5  # with 1, roundings grow
     ours = {name: Parameter(name, p.value, np.zeros_like(p.value)) for name, p in cpu.parameters.items()}
     return cpu, OnGpu(weights, lora, ours, tokens, seed, vram, ram), ours, device
 
@@ -57,7 +57,7 @@ def compare(cpu: Trainee, gpu: OnGpu, ours: dict, given: Batch, scale: float = 0
     assert right == exact.right and abs(loss - exact.loss) < 1e-5 * exact.loss
     for name, p in cpu.parameters.items():
         error = np.linalg.norm(ours[name].gradient - p.gradient) / np.linalg.norm(p.gradient)
-        assert error < 4e-4, (name, error)  # sums of floats in another order
+        assert error < 1e-4, (name, error)  # sums of floats in another order
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])
