@@ -81,15 +81,17 @@ inline vec gelu_new_slope(vec x) {
 }
 
 // One step of AdamW for n numbers, as torch takes it: shrink is 1 - lr * decay, rate lr / (1 - beta1^t), root sqrt(1 - beta2^t).
+// The betas are doubles because 1 - beta2 of floats would be 5e-5 off.
 inline void adamw(float* value, const float* gradient, float* m, float* v, int64_t n, float shrink, float rate, float root_,
-                  float beta1, float beta2, float eps) {
+                  double beta1, double beta2, float eps) {
+    const float keep = (float)beta2, rest1 = (float)(1 - beta1), rest2 = (float)(1 - beta2);
     const int64_t PIECE = 1 << 14;
 #pragma omp parallel for schedule(static)
     for (int64_t first = 0; first < n; first += PIECE)
         for (int64_t i = first; i < std::min(n, first + PIECE); i++) {
             const float g = gradient[i];
-            m[i] += (1 - beta1) * (g - m[i]);
-            v[i] = beta2 * v[i] + (1 - beta2) * g * g;
+            m[i] += rest1 * (g - m[i]);
+            v[i] = keep * v[i] + rest2 * g * g;
             value[i] = value[i] * shrink - rate * m[i] / (std::sqrt(v[i]) / root_ + eps);
         }
 }

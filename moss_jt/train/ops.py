@@ -59,7 +59,7 @@ if (what == 2) {
 if (what == 3) embedding_backward((const int32_t*)at("ids"), in0_p, at("gradient"), M, D);
 if (what == 4)
     adamw(at("value"), at("gradient"), at("m"), at("v"), n, (float)data["shrink"], (float)data["rate"], (float)data["root"],
-          (float)data["beta1"], (float)data["beta2"], (float)data["eps"]);
+          data["beta1"], data["beta2"], (float)data["eps"]);
 if (what == 5) *(double*)at("sums") = sum_of_squares(at("value"), n);
 """
 
