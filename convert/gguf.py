@@ -13,6 +13,7 @@ ALIGN = 32  # bytes; where the data and each tensor in it start
 BLOCK = 32  # weights that share a scale in q8_0 and q4_0
 _MAGIC, _VERSION = b"GGUF", 3
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+_BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))  # a half would take the number before 0.5 up to 1
 
 
 class Type(NamedTuple):
@@ -30,7 +31,7 @@ def _q8_0(x: np.ndarray) -> np.ndarray:
     blocks = x.reshape(-1, BLOCK)
     scale = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
     y = blocks * _inverse(scale)
-    q = np.copysign(np.floor(np.abs(y) + np.float32(0.5)), y).astype(np.int8)
+    q = np.trunc(y + np.copysign(_BELOW_HALF, y)).astype(np.int8)
     return _rows(x, scale, q.view(np.uint8))
 
 
