@@ -132,9 +132,9 @@ def test_bits_are_those_of_the_gguf_package(ours, theirs):
     gguf = pytest.importorskip("gguf")
     rng = np.random.default_rng()
     x = rng.standard_normal((50, 256), np.float32) * (10.0 ** rng.integers(-7, 4, (50, 1))).astype(np.float32)
-    x[3], x[4, ::2], x[5] = 0, 0, np.round(x[5] * 4)  # blocks of zeros
-    halves = np.arange(-126.5, 127).astype(np.float32)
-    x[6:8, ::32], x[6, 1:32], x[7, 1:32] = 127, halves[111:142], np.nextafter(halves[111:142], np.float32(0))
+    x[3], x[4, ::2], x[5] = 0, 0, np.round(x[5] * 4)  # blocks of zeros; whole numbers
+    halves = np.arange(-15.5, 15, dtype=np.float32)  # with a scale of 1, and the numbers before them
+    x[6:8, ::32], x[6, 1:32], x[7, 1:32] = 127, halves, np.nextafter(halves, np.float32(0))
     their = gguf.quants.quantize(x, gguf.GGMLQuantizationType[theirs])
     np.testing.assert_array_equal(ours.encode(x), their)
     assert ours.nbytes * x.size // ours.block == their.nbytes
