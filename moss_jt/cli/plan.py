@@ -102,7 +102,14 @@ def _as_json(plan: Plan, speeds: Speeds | None) -> dict:
 
 def _of_gpu(plan: Plan) -> dict:
     streams_from = plan.streams_from if plan.computes_on_host(1) and plan.streamed_blocks else None
-    return {"swap": plan.swap, "streams_from": streams_from, "waiting": plan.waiting, "host_memory": plan.host_memory}
+    return {
+        "swap": plan.swap,
+        "streams_from": streams_from,
+        "kept": plan.kept,
+        "head_slot": plan.head_slot,
+        "waiting": plan.waiting,
+        "host_memory": plan.host_memory,
+    }
 
 
 def _bytes(plan: Plan) -> dict:
@@ -157,7 +164,10 @@ def _places(plan: Plan, budget: str) -> Table:
 
 
 def _turns(plan: Plan) -> str:
-    return "at a time, which is Jittor's limit" if plan.swap == "jittor" else "that streamed weights take turns in"
+    if plan.swap == "jittor":
+        return "at a time, which is Jittor's limit"
+    kept = f"; they keep {len(plan.kept)} blocks while the CPU computes" if plan.kept else ""
+    return f"that streamed weights take turns in{kept}{f'; {plan.slots} for lm_head' if plan.head_slot else ''}"
 
 
 def _blocks(plan: Plan) -> str:

@@ -144,16 +144,14 @@ class Cuda:
     def _runs(self, cache: DeviceCache) -> list[tuple[list[int], np.ndarray | None]]:
         """Which blocks are computed together, and where those are: of the weights that are there now."""
         if cache.of != self._loads:
-            kinds = {
-                i: "host" if i not in cache.layers else self.weights.is_resident(i) or -i - 1
-                for i in range(self._config.n_layer)
-            }
+            by_cpu = set(self.plan.host_blocks) - set(self.plan.kept)
+            kinds = {i: "host" if i in by_cpu else self.weights.is_resident(i) or -i - 1 for i in range(self._config.n_layer)}
             neighbours = groupby(kinds, kinds.get)
             cache.runs, cache.of = [self._run(list(run), cache.layers) for _, run in neighbours], self._loads
         return cache.runs
 
     def _run(self, blocks: list[int], layers: dict) -> tuple[list[int], np.ndarray | None]:
-        """Blocks that are computed together: host blocks, or one that is streamed, or resident ones, with their table."""
+        """Blocks that are computed together: those for the CPU, or one that is streamed, or resident ones, with their table."""
         if not self.weights.is_resident(blocks[0]):
             return blocks, None
         tensors = []
@@ -184,14 +182,14 @@ class Cuda:
     def _blocks(self, cache: DeviceCache, sweep: Sweep, on_host: bool):
         """A Var that says no more than that all blocks were computed; None where the CPU computed the last ones."""
         state, embedded = None, self._embedded  # None once a block was computed
-        if cache.host and not on_host:
-            cache.host.begin(sweep.table)
+        if cache.host:
+            cache.host.begin(sweep.table, len(self.plan.kept if on_host else self.plan.host_blocks))
         for blocks, table in self._runs(cache):
             if table is not None:
                 state = self._sweeps.blocks(table, sweep.table, len(sweep.ids), embedded, cache.space, state)
             elif blocks[0] in cache.layers:
                 state = self._streamed(cache, sweep, blocks[0], cache.layers[blocks[0]], embedded, state)
-            elif on_host:
+            elif on_host and blocks[0] not in self.plan.kept:
                 self._on_host(cache, sweep, blocks, state)
                 state = None
             else:

@@ -42,11 +42,11 @@ class HostBlocks:
     ) -> None:
         """By the CPU: neighbouring blocks, from float16 (T, D), or, where others come before them, from the state at an address
         on the device, float32 (T, D), once all launches are over. What is launched from now on finds the result there."""
-        cache.finish()
+        layers = cache.on_host([self.numbers[i] for i in blocks])
         there = self._state[: len(embedded)]
         if blocks[0]:
             cudart.to_host(there, state)
-        lent = ((nullcontext(self._lent.on_host(i)), cache.layers[self.numbers[i]]) for i in blocks)
+        lent = ((nullcontext(self._lent.on_host(i)), layer) for i, layer in zip(blocks, layers))
         with jittor().flag_scope(lazy_execution=0, no_grad=1, use_cuda=0):
             there[:] = self._blocks(there if blocks[0] else embedded.astype(np.float32), table, places, lent)
         cudart.to_device(state, there)
@@ -57,6 +57,7 @@ class HostCache:
 
     On the device there is room for those of two blocks, which take turns. All copies go through one stream, so that a block's
     rows come only when those of the one before the last have gone back, and what a sweep reads is what those before it wrote.
+    Rows that are there still do not come again, so that blocks which the device computes in every sweep cost next to nothing.
     """
 
     def __init__(self, shapes: list[tuple], brought: bool):
@@ -68,18 +69,20 @@ class HostCache:
         if brought:
             self._turns = [_Turn([part[0].nbytes for part in self._parts]) for _ in range(SLOTS)]
 
-    def begin(self, table: np.ndarray) -> None:
-        """A sweep begins, with these sequences, that streams the blocks. What an interrupted one still computes comes first."""
-        self._table = table.tolist()
-        self._wait_for_kernels(self._turns[0])
-        self._bring(0)
+    def begin(self, table: np.ndarray, count: int) -> None:
+        """A sweep begins, with these sequences, whose first ``count`` blocks are lent. What an interrupted one still computes
+        comes first."""
+        self._table, self._lent = table.tolist(), count
+        if count:
+            self._wait_for_kernels(self._turns[0])
+            self._bring(0)
 
     @contextmanager
     def lend(self, i: int) -> Iterator[list[int]]:
         """Those of the i-th, one after the other from the first on: addresses on the device for what Jittor launches until the
         loan ends. The next one's are brought meanwhile."""
         turn = self._turns[i % SLOTS]
-        if i + 1 < self._count:
+        if i + 1 < self._lent:
             self._bring(i + 1)
         turn.there.wait_on_default()
         yield turn.addresses
@@ -87,20 +90,28 @@ class HostCache:
         for place, start, _, count in self._table:
             for rows, address, pitch in self._rows(i, place, start, start + count):
                 cudart.rows_to_host(rows, address, pitch, self._stream)
+            turn.rows[place] = start + count
 
-    def finish(self) -> None:
-        """Wait until all is in host memory."""
+    def on_host(self, blocks: list[int]) -> list[list]:
+        """The layers of those that the CPU computes now, once all is in host memory."""
         self._stream.synchronize()
+        for turn in self._turns:
+            if turn.block in blocks:
+                turn.block = None
+        return [self.layers[i] for i in blocks]
 
     def _wait_for_kernels(self, turn: _Turn) -> None:
         turn.used.record()
         self._stream.wait(turn.used)
 
     def _bring(self, i: int) -> None:
-        """Only rows of tokens that were there before the sweep."""
+        """Only rows of tokens that were there before the sweep, and have not stayed."""
         turn = self._turns[i % SLOTS]
+        if turn.block != i:
+            turn.block, turn.rows = i, {}
         for place, start, _, _ in self._table:
-            for rows, address, pitch in self._rows(i, place, 0, start) if start else ():
+            first = turn.rows[place] = min(start, turn.rows.get(place, 0))  # those behind are about to be written
+            for rows, address, pitch in self._rows(i, place, first, start) if first < start else ():
                 cudart.rows_to_device(address, pitch, rows, self._stream)
         turn.there.record(self._stream)
 
@@ -115,9 +126,12 @@ class HostCache:
 
 
 class _Turn:
-    """Room on the device for one block's keys and values: ``there`` when they have come, ``used`` when kernels are past."""
+    """Room on the device for one block's keys and values: ``there`` when they have come, ``used`` when kernels are past.
+    ``block``: whose they are; ``rows``: of how many tokens of each place they are what host memory has, or will have."""
 
     def __init__(self, sizes: list[int]):
         self._memory = [cudart.Memory(size) for size in sizes]
         self.addresses = [m.pointer + half for m in self._memory for half in (0, m.nbytes // 2)]
         self.there, self.used = cudart.Event(), cudart.Event()
+        self.block: int | None = None
+        self.rows: dict[int, int] = {}

@@ -56,7 +56,9 @@ def plan_for_gpu(
     if swap != "auto" or not plan.host_blocks or not (known := speeds()):
         return plan
     plan = plan.settled(known)
-    return plan if plan.computes_on_host(1) else make_plan(*model, "stream")
+    if plan.computes_on_host(1) or vram < smallest(*model[:3], kv_cache, True):
+        return plan
+    return make_plan(*model, "stream")
 
 
 def spare_memory() -> int:

@@ -45,6 +45,7 @@ class OnDevice:
         """``pinned``: the most host memory for what is not on the device. Raises MossError where a file cannot be read,
         OutOfDeviceMemory where a budget is more than there is."""
         self._blocks, self._host, self._ranges = plan.streamed_blocks, plan.host_blocks, plan.head_ranges()
+        self._beside_host = plan.blocks_lent(on_host=True)
         self._head = [(0, plan.head_rows), *self._ranges] if plan.head_rows else self._ranges
         self._norm, self._bias, self._memory = small(weights)
         found = sources(weights, self._head)
@@ -62,31 +63,33 @@ class OnDevice:
         self._sources = {**found, **streamed}
         self._on_host = {i: as_vars(arrays(waiting[i], streamed[i].part.spans[0].tensors)) for i in self._host}
         self._waiting = waiting  # Vars do not keep their memory
-        self._ring = None
+        self._rings: list[Ring] = []
         if plan.streams:
             disk = {item: streamed[item] for item in self.from_disk}
             carrier = _Pages(waiting) if unified else _Link(_twice(waiting), _twice(disk))
-            slots = [_Turn() if unified else _Slot(plan.slot) for _ in range(plan.slots)]
+            sizes = [plan.slot, plan.head_slot] if plan.head_slot else [plan.slot]
+            slots = [[_Turn() if unified else _Slot(size) for _ in range(plan.slots)] for size in sizes]
             self.close = weakref.finalize(self, carrier.close)
-            self._ring = Ring(slots, carrier)
+            self._rings = [Ring(those, carrier) for those in slots]  # for blocks first, for lm_head last
             self.expect(head=True)
 
     @property
     def streams(self) -> bool:
-        return self._ring is not None
+        return bool(self._rings)
 
     def expect(self, head: bool, on_host: bool = False) -> None:
         """A sweep begins: all blocks, without those for the host if they are computed there, are lent next, each once and in
         order, and then, if ``head``, lm_head. What comes at the beginning of the next sweep is brought during the end of this
         one."""
-        blocks = [i for i in self._blocks if i not in self._host] if on_host else self._blocks
-        if items := [*blocks, *(self._ranges if head else ())]:
-            self._ring.follow(items)
+        blocks, ranges = self._beside_host if on_host else self._blocks, self._ranges if head else []
+        for ring, items in zip(self._rings, [blocks, ranges] if len(self._rings) == 2 else [[*blocks, *ranges]]):
+            if items:
+                ring.follow(items)
 
     def expect_both_ways(self) -> None:
         """A sweep begins in which all blocks are lent in order, and then ``again`` in reverse; lm_head is not streamed."""
         if self._blocks:
-            self._ring.follow([*self._blocks, *map(Again, reversed(self._blocks))])
+            self._rings[0].follow([*self._blocks, *map(Again, reversed(self._blocks))])
 
     def is_resident(self, i: int) -> bool:
         return i in self._resident
@@ -116,7 +119,7 @@ class OnDevice:
         if item in self._resident:
             yield self._resident[item].pointer
         else:
-            with self._ring.lend(item) as slot:
+            with self._rings[-1 if item in self._ranges else 0].lend(item) as slot:
                 yield slot.pointer
 
 

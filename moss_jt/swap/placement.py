@@ -10,6 +10,7 @@ from .room import MIB, ROWS, SLOTS, Sizes
 
 RESIDENT, STREAMED, HOST, EITHER = "resident", "streamed", "host", "host or streamed"
 _JITTOR_UNIT = 2 * MIB  # its allocator's
+_LINK = 2  # how many times as long it takes to bring something as to compute with it on the host
 _HEAD_PART = 64 * MIB  # of lm_head, where it alone is streamed: large enough for a disk's full speed
 
 
@@ -19,6 +20,8 @@ class Placement:
     head_rows: int  # resident ones
     part_rows: int
     slot: int
+    head_slot: int  # of lm_head's parts, where blocks have the others for themselves
+    come: bool  # whether what the CPU computes is sometimes streamed
     left: int  # bytes of the room that are not used; below zero: so many are wanting
     brought: int  # bytes that come from elsewhere, about
 
@@ -29,32 +32,49 @@ class Placement:
 
 def placements(s: Sizes, room: int) -> Iterator[Placement]:
     """The kinds of placement there are, each with as much resident as fits."""
-    yield _placement(s, room, s.n_layer, 0, 0)
     slot = max(s.block, s.head_rows(ROWS))
     part = max(ROWS, s.rows_in(slot))
-    if s.swap == "jittor":
-        slot = -(-slot // _JITTOR_UNIT) * _JITTOR_UNIT
-        yield Placement(0, 0, part, slot, room - s.blocks(0) - slot, 2 * (s.n_layer * s.block + s.head))
-        return
     few = max(ROWS, min(s.rows_in(_HEAD_PART), s.vocab // 8 // ROWS * ROWS))
-    yield _placement(s, room, s.n_layer, few, s.head_rows(few))
-    if s.swap == "host":
-        yield _placement(s, room, s.blocks_in(room - s.head), 0, 0)
-        yield _placement(s, room, s.blocks_in(room - SLOTS * s.head_rows(few)), few, s.head_rows(few))
+    small = s.head_rows(few)
+    yield _placement(s, room, s.n_layer, 0, 0)
+    if s.swap == "jittor":
+        unit = -(-slot // _JITTOR_UNIT) * _JITTOR_UNIT
+        brought = 2 * (s.n_layer * s.block + s.head)
+        yield Placement(0, 0, part, unit, 0, False, room - s.blocks(0) - unit, brought)
         return
-    yield _placement(s, room, s.blocks_in(room - SLOTS * slot), part, slot)
-    if s.swap == "auto":
-        yield _placement(s, room, s.blocks_in(room - SLOTS * slot - s.head), part, slot)
+    yield _placement(s, room, s.n_layer, few, small)
+    come = s.swap == "auto"
+    if s.swap != "host":
+        left = room - SLOTS * slot
+        streaming = [_placement(s, room, s.blocks_in(left, come), part, slot, 0, come)]
+        if come:  # of equals the first is taken: that with more of lm_head
+            beside = min(s.blocks_in(left - SLOTS * small, come), max(0, s.n_layer - SLOTS - 1))
+            parts_apart = _placement(s, room, beside, few, slot, small, come)
+            streaming = [_placement(s, room, s.blocks_in(left - s.head, come), part, slot, 0, come), parts_apart, *streaming]
+        yield from streaming
+        if not come or any(placed.fits for placed in streaming):
+            return
+    least = s.n_layer - s.most_on_host
+    yield _placement(s, room, max(least, s.blocks_in(room - s.head)), 0, 0)
+    yield _placement(s, room, max(least, s.blocks_in(room - SLOTS * small)), few, small)
 
 
-def _placement(s: Sizes, room: int, blocks: int, part_rows: int, slot: int) -> Placement:
-    """With this many blocks resident, and as many rows of lm_head as still fit; all of them where there are no slots. What the
-    CPU computes counts half: it is read at twice the speed of a link, or more."""
-    left = room - SLOTS * slot - s.blocks(blocks)
+def _placement(
+    s: Sizes, room: int, blocks: int, part_rows: int, slot: int, head_slot: int = 0, come: bool = False
+) -> Placement:
+    """With this many blocks resident, and as many rows of lm_head as still fit; all of them where there are no slots."""
+    left = room - SLOTS * (slot + head_slot) - s.blocks(blocks, come)
     rows = s.rows_in(max(0, left)) if slot else s.vocab
-    elsewhere, head = s.n_layer - blocks, s.head - s.head_rows(rows)
-    brought = 2 * (elsewhere * s.block + head) - s.on_host(blocks) * s.block
-    return Placement(blocks, rows, part_rows, slot, left - s.head_rows(rows), brought)
+    elsewhere, head, host = s.n_layer - blocks, s.head - s.head_rows(rows), s.on_host(blocks)
+    # For a token. What the CPU computes counts half: it is read at twice the speed of a link, or more. Meanwhile, or while the
+    # GPU computes all blocks, slots for lm_head are filled.
+    if s.most_on_host and host == elsewhere:
+        kept = min(SLOTS, host) if come and (head_slot or not head) else 0
+        filled = min(head, SLOTS * (head_slot or slot))
+        brought = max((host - kept) * s.block, _LINK * filled if host else 0) + _LINK * (head - filled)
+    else:
+        brought = _LINK * (elsewhere * s.block + head) - host * s.block
+    return Placement(blocks, rows, part_rows, slot, head_slot, come, left - s.head_rows(rows), brought)
 
 
 def spread(streamed: int, blocks: int, head: float) -> tuple[str, ...]:

@@ -65,6 +65,7 @@ class Plan:
     gpu: bool = False  # whether the budget is of VRAM, and what is streamed comes over the link
     swap: str = "stream"  # how a GPU gets what does not fit there
     streams_from: int = 2  # tokens in a sweep, from which on blocks that may be EITHER are streamed
+    head_slot: int = 0  # the size of slots for lm_head's parts alone; 0 where they share the others
 
     @property
     def slots(self) -> int:
@@ -88,8 +89,15 @@ class Plan:
         """Those that the CPU ever computes."""
         return [i for i, where in enumerate(self.blocks) if where in (HOST, EITHER)]
 
+    @cached_property
+    def kept(self) -> list[int]:
+        """Of ``host_blocks``, those that the CPU need not compute, since the slots have room for them while nothing else is
+        streamed: the first ones, which a sweep that streams begins with, and which are brought during the end of one."""
+        shared = STREAMED in self.blocks or (self.head_ranges() and not self.head_slot)
+        return [] if shared else [i for i, where in enumerate(self.blocks) if where == EITHER][: self.slots]
+
     def computes_on_host(self, tokens: int) -> bool:
-        """Whether a sweep of so many tokens has the CPU compute ``host_blocks``."""
+        """Whether a sweep of so many tokens has the CPU compute ``host_blocks``, but for those ``kept``."""
         return HOST in self.blocks or (EITHER in self.blocks and tokens < self.streams_from)
 
     def head_ranges(self) -> list[tuple[int, int]]:
@@ -107,7 +115,7 @@ class Plan:
             "KV cache": (len(self.blocks) - host) * s.block_cache,
             "blocks": self.blocks.count(RESIDENT) * s.block,
             "lm_head": s.head_rows(self.head_rows) + s.head_rest,
-            "slots": self.slots * (self.slot + (EITHER in self.blocks) * s.block_cache),
+            "slots": self.slots * (self.slot + self.head_slot + (EITHER in self.blocks) * s.block_cache),
         }
 
     @property
@@ -120,7 +128,7 @@ class Plan:
     def lent_bytes(self) -> int:
         """What weights take of the GPU's memory, those that are there and slots, so far as a smaller plan may take less."""
         s = Sizes(self.config, self.coding, self.context, self.kv_cache, self.gpu)
-        return self.blocks.count(RESIDENT) * s.block + s.head_rows(self.head_rows) + self.slots * self.slot
+        return self.blocks.count(RESIDENT) * s.block + s.head_rows(self.head_rows) + self.slots * (self.slot + self.head_slot)
 
     @property
     def host_memory(self) -> int:
@@ -137,32 +145,40 @@ class Plan:
         """What a token's sweep does, with logits, in order."""
         return self.steps_of(1)
 
+    def blocks_lent(self, on_host: bool) -> list[int]:
+        """Blocks that a sweep takes from the slots, if it has the CPU compute what it may, or else."""
+        return [i for i in self.streamed_blocks if not on_host or self.blocks[i] == STREAMED or i in self.kept]
+
     def steps_of(self, tokens: int) -> list[Step]:
         """The same of a sweep of so many tokens; a block whose keys and values are in host memory brings them, too."""
         c, matrix, on_host = self.config, "lm_head.weight", self.computes_on_host(tokens)
+        lent = self.blocks_lent(on_host)
         block, head = block_tensors(c, self.coding), head_tensors(c, self.coding)
-        kept = sum(t.nbytes for t in head if not parts.belongs(t, matrix))
+        norm = sum(t.nbytes for t in head if not parts.belongs(t, matrix))
         numbers = (3 * c.n_embd + c.n_inner) * c.n_embd + c.n_embd * (c.n_embd + c.n_inner)
         cache = c.cache_bytes_per_token(self.kv_cache) // c.n_layer * self.context // 2  # half full
         size = sum(t.nbytes for t in block)
-        brought = {RESIDENT: 0, STREAMED: round(self._crossings * size), HOST: 0, EITHER: 0 if on_host else size + cache}
-        found = [Step(size + cache, brought[where], numbers, on_host and where in (HOST, EITHER)) for where in self.blocks]
-        for first, end in [(0, self.head_rows), *self.head_ranges()]:
+        ranges, beside = self.head_ranges(), self.head_slot > 0
+        crossings = self._crossings(len(lent) + (0 if beside else len(ranges)))
+        found = []
+        for i, where in enumerate(self.blocks):
+            brought = round(crossings * size) + (0 if on_host or where != EITHER else cache) if i in lent else 0
+            found.append(Step(size + cache, brought, numbers, on_host and where in (HOST, EITHER) and i not in lent))
+        crossings = self._crossings(len(ranges)) if beside else crossings
+        for first, end in [(0, self.head_rows), *ranges]:
             part = parts.rows(head, matrix, first, end)
             read = sum(span.nbytes for span in part.spans) if first < end else 0
-            found.append(Step(read + kept, round(self._crossings * read) * (first >= self.head_rows), 0))
-            kept = 0
+            found.append(Step(read + norm, round(crossings * read) * (first >= self.head_rows), 0))
+            norm = 0
         return found
 
-    @property
-    def _crossings(self) -> float:
-        """How often what is streamed crosses the link in a sweep, on average. Pages go back, too, and so does all that Jittor
-        moves: of a sweep's parts those for which there is no room, one more, and another where lm_head is in several."""
-        if self.swap == "jittor" and self.streams:
-            head = len(self.head_ranges())
-            parts = len(self.blocks) + head
-            return 2 * min(1, (parts - self.slots + min(head, 2)) / parts)
-        return 2 if self.swap == "unified" else 1
+    def _crossings(self, parts: int) -> float:
+        """How often each of so many parts that share slots crosses the link in a sweep, on average. Pages go back, too, and so
+        does all that Jittor moves: of a sweep's parts those for which there is no room, one more, and another where lm_head is
+        in several. Otherwise what has room in the slots stays there."""
+        if self.swap == "jittor":
+            return 2 * min(1, (parts - self.slots + min(len(self.head_ranges()), 2)) / parts) if parts else 0
+        return 0 if parts <= self.slots else 2 if self.swap == "unified" else 1
 
     @property
     def disk_bytes(self) -> int:
@@ -208,24 +224,28 @@ class Plan:
         if self.swap == "jittor":  # one after the other
             seconds = sum(computing) + sum(limits[link])
         else:
-            seconds = sweep_seconds(computing, limits[link], self.slots)
+            apart = len(self.blocks) if self.head_slot else None
+            seconds = sweep_seconds(computing, limits[link], self.slots, apart)
         return Expected(tokens / seconds, max(limits, key=lambda name: sum(limits[name])))
 
 
-def sweep_seconds(computing: list[float], reading: list[float], slots: int) -> float:
+def sweep_seconds(computing: list[float], reading: list[float], slots: int, apart: int | None = None) -> float:
     """How long a sweep takes, one after the other, when step i computes for computing[i] seconds and, unless that is 0, needs
-    what reading[i] seconds bring into one of the slots: what the ring does, in virtual time."""
-    now = disk = before = 0.0
-    over = [0.0] * slots  # when each slot's use ends, the one that is refilled next first
+    what reading[i] seconds bring into one of the slots: what the ring does, in virtual time. ``apart``: the first step from
+    which on parts have as many slots of their own."""
+    read = [i for i, seconds in enumerate(reading) if seconds]
+    after, there, disk = {}, {}, 0.0
+    for those in ([i for i in read if apart is None or i < apart], [i for i in read if apart is not None and i >= apart]):
+        after.update({i: those[(k + slots) % len(those)] for k, i in enumerate(those)})  # what takes its slot
+        for i in those[:slots]:
+            there[i] = disk = disk + reading[i]
+    now = before = 0.0
     for _ in range(4):  # the first sweeps find the disk idle
         before = now
-        for compute, read in zip(computing, reading):
-            if read:
-                disk = max(disk, over.pop(0)) + read
-                now = max(now, disk)
-            now += compute
-            if read:
-                over.append(now)
+        for i, seconds in enumerate(computing):
+            now = max(now, there.get(i, 0.0)) + seconds
+            if i in after:
+                there[after[i]] = disk = max(disk, now) + reading[after[i]]
     return now - before
 
 
@@ -254,11 +274,12 @@ def make_plan(
         raise MossError(too_small(config, coding, context, f"a budget of {in_mib(budget)}", kv_cache, gpu, swap, ram))
     best = min(fitting, key=lambda placed: placed.brought)
     head, host = (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block, sizes.on_host(best.blocks)
-    if swap == "auto" and host:
+    if host and best.come:
         blocks = in_pairs(host, config.n_layer - best.blocks - host, config.n_layer)
     else:  # the first ones, since what goes into them is on the host already
         blocks = (HOST,) * host + spread(config.n_layer - best.blocks - host, config.n_layer - host, head)
-    plan = Plan(config, coding, context, budget, blocks, best.head_rows, best.part_rows, best.slot, kv_cache, gpu, swap)
+    lm_head = {"head_rows": best.head_rows, "part_rows": best.part_rows, "head_slot": best.head_slot}
+    plan = Plan(config, coding, context, budget, blocks, slot=best.slot, kv_cache=kv_cache, gpu=gpu, swap=swap, **lm_head)
     if ram is not None and swap == "host" and plan.host_memory > ram:
         raise MossError(
             f"the {host} blocks that the CPU would compute need {in_mib(plan.host_memory)} of RAM, and {in_mib(ram)} can be "
@@ -287,7 +308,7 @@ def less(plan: Plan, room: int) -> Plan | None:
     best = min(fitting, key=lambda placed: placed.brought)
     others = iter(spread(n - best.blocks, n, (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block))
     blocks = tuple(where if where in (HOST, EITHER) else next(others) for where in plan.blocks)
-    return replace(plan, blocks=blocks, head_rows=best.head_rows, part_rows=best.part_rows, slot=best.slot)
+    return replace(plan, blocks=blocks, head_rows=best.head_rows, part_rows=best.part_rows, slot=best.slot, head_slot=0)
 
 
 def smallest(

@@ -34,15 +34,16 @@ class Carrier(Protocol):
 
 
 class _Brought:
-    """An item that is in a slot, or on its way there."""
+    """An item that is in a slot, or on its way there. ``there``: whether it was waited for with success."""
 
     def __init__(self, item: Hashable, slot: Any):
-        self.item, self.slot = item, slot
+        self.item, self.slot, self.there = item, slot, False
         self.copy: Copy | None = None
 
 
 class Ring:
-    """Lends items, one at a time, in a cyclic order, from slots that are filled ahead, across the end of the cycle, too.
+    """Lends items, one at a time, in a cyclic order, from slots that are filled ahead, across the end of the cycle, too. Items
+    that are no more than the slots are brought once, and stay.
 
     For one thread. An exception may come at any moment, KeyboardInterrupt included: after the next ``follow``, the ring
     works as before.
@@ -78,18 +79,22 @@ class Ring:
         brought = self._lent = self._ahead[0]
         try:
             brought.copy.result()
+            brought.there = True
             yield brought.slot
         finally:
             self._end(brought)
 
     def _end(self, brought: _Brought) -> None:
-        """The loan is over: its slot takes what comes after all that is ahead."""
+        """The loan is over: its slot takes what comes after all that is ahead, which is the same again where all have room."""
         if self._lent is not brought:  # over already: another sweep has begun
             return
         self._carrier.release(brought.slot)
         self._ahead = [b for b in self._ahead if b is not brought]
         self._lent = None
-        self._fill(self._after[(self._ahead or [brought])[-1].item])
+        if brought.there and len(self._after) <= len(self._slots):
+            self._ahead.append(brought)
+        else:
+            self._fill(self._after[(self._ahead or [brought])[-1].item])
 
     def _aim(self, item: Hashable) -> None:
         """Make the item the next one: keep what is ahead as far as it follows in order, drop the rest, fill what is free."""
@@ -100,15 +105,15 @@ class Ring:
             item = self._after[item] if right else item
         self._ahead = kept
         for brought in dropped:
-            if brought.copy is not None:
+            if brought.copy is not None and not brought.there:
                 brought.copy.cancel()
         self._fill(item)
 
     def _fill(self, item: Hashable) -> None:
-        """Start to bring the item, and what follows it, into the free slots."""
+        """Start to bring the item, and what follows it, into the free slots, each once at most."""
         taken = {id(brought.slot) for brought in self._ahead}
         for slot in self._slots:
-            if id(slot) not in taken:
+            if id(slot) not in taken and len(self._ahead) < len(self._after):
                 brought = _Brought(item, slot)
                 self._ahead.append(brought)  # before the copy starts: whatever interrupts, its slot is not taken for free
                 brought.copy = self._carrier.start(slot, item)

@@ -46,22 +46,22 @@ class Sizes:
         self.work = _gpu_work(config, context) if gpu else self.host_work
         self.fixed = self.program + self.work + self.head_rest
         room = self.n_layer if ram is None else (ram - self.host_work) // (self.block + self.block_cache)
-        self._most_on_host = max(0, room) if swap in ("host", "auto") else 0
+        self.most_on_host = min(self.n_layer, max(0, room)) if swap in ("host", "auto") else 0
 
     def on_host(self, resident: int) -> int:
         """How many blocks the CPU computes, at least in some sweeps, where so many are resident."""
-        return min(self.n_layer - resident, self._most_on_host)
+        return min(self.n_layer - resident, self.most_on_host)
 
-    def blocks(self, resident: int) -> int:
-        """Memory for so many resident blocks, for the keys and values of all that are always computed there, and for those
-        that come with what is in a slot."""
+    def blocks(self, resident: int, come: bool = False) -> int:
+        """Memory for so many resident blocks, and for the keys and values of all that are always computed there. ``come``:
+        whether those that the CPU computes are sometimes in a slot, too, with their keys and values beside it."""
         host = self.on_host(resident)
-        come = SLOTS if host and self.swap == "auto" else 0
-        return resident * self.block + (self.n_layer - host + come) * self.block_cache
+        beside = SLOTS if come and host else 0
+        return resident * self.block + (self.n_layer - host + beside) * self.block_cache
 
-    def blocks_in(self, room: int) -> int:
+    def blocks_in(self, room: int, come: bool = False) -> int:
         """How many resident blocks fit, short of all."""
-        return next((n for n in range(self.n_layer - 1, 0, -1) if self.blocks(n) <= room), 0)
+        return next((n for n in range(self.n_layer - 1, 0, -1) if self.blocks(n, come) <= room), 0)
 
     def head_rows(self, count: int) -> int:
         """Memory for this many rows of lm_head."""

@@ -33,16 +33,16 @@ class Model:
         self.true = [np.zeros(shape, dtype) for shape, dtype in SHAPES[kv_cache]]
         self.rng = np.random.default_rng(seed)
 
-    def sweep(self, counts: list[int], on_host: bool, stop: int | None) -> None:
-        """New tokens of each sequence; up to block ``stop``."""
+    def sweep(self, counts: list[int], lent: int, stop: int | None, length: int = CONTEXT) -> None:
+        """New tokens of each sequence, after the first ``length`` of it; up to block ``stop``. ``lent``: how many blocks the
+        device computes, before the CPU the others."""
+        self.lengths = [min(length, n) for n in self.lengths]
         table = [(place, self.lengths[place], 0, n) for place, n in enumerate(counts) if n]
         new = [self.rng.integers(-100, 100, part.shape).astype(part.dtype) for part in self.true]
-        if on_host:
-            self.cache.finish()
-        else:
-            self.cache.begin(np.array(table, np.int32))
+        self.cache.begin(np.array(table, np.int32), lent)
         for i in range(BLOCKS):
-            if on_host:
+            if i >= lent:
+                self.cache.on_host([i])
                 self._kernel([half for part in self.cache._parts for half in part[i]], i, table, new)
                 continue
             with self.cache.lend(i) as addresses:
@@ -76,7 +76,7 @@ class Model:
 
     def check(self) -> list:
         """Where anything was wrong, also now in host memory."""
-        self.cache.finish()
+        self.cache.on_host([])
         for place, length in enumerate(self.lengths):
             for part, exact in zip(self.cache._parts, self.true):
                 if not np.array_equal(part[:, :, place, :, :length], exact[:, :, place, :, :length]):
@@ -90,7 +90,10 @@ def put_back(monkeypatch):
 
 
 sweeps = st.tuples(
-    st.lists(st.integers(0, 5), min_size=PLACES, max_size=PLACES).filter(any), st.booleans(), st.none() | st.integers(0, 2)
+    st.lists(st.integers(0, 5), min_size=PLACES, max_size=PLACES).filter(any),
+    st.integers(0, BLOCKS),
+    st.none() | st.integers(0, 2),
+    st.sampled_from([CONTEXT, 3, 0]),
 )
 
 
@@ -99,9 +102,9 @@ sweeps = st.tuples(
 def test_whatever_the_timing(seed, kv_cache, those):
     model = Model(seed, kv_cache)
     taken = model.cuda.taken
-    for counts, on_host, stop in those:
+    for sweep in those:
         with suppress(KeyError):
-            model.sweep(counts, on_host, stop)
+            model.sweep(*sweep)
     assert not model.check() and model.cuda.taken == taken
 
 
@@ -112,13 +115,32 @@ def test_only_rows_that_are_needed_cross(monkeypatch):
     row = HEADS * SIZE * 2
     for counts, lengths in (([5, 0], [0, 0]), ([1, 3], [5, 0])):
         model.lengths, crossed[:] = lengths, []
-        model.cache.begin(np.array([(p, lengths[p], 0, n) for p, n in enumerate(counts) if n], np.int32))
+        model.cache.begin(np.array([(p, lengths[p], 0, n) for p, n in enumerate(counts) if n], np.int32), BLOCKS)
         for i in range(BLOCKS):
             with model.cache.lend(i):
                 pass
         up, down = (sum(n for name, n in crossed if name == way) for way in ("up", "down"))
-        assert up == 2 * BLOCKS * row * sum(lengths[p] for p, n in enumerate(counts) if n)
+        # Of three blocks that take two turns, the middle one is still there.
+        assert up == 2 * (BLOCKS - 1) * row * sum(lengths[p] for p, n in enumerate(counts) if n)
         assert down == 2 * BLOCKS * row * sum(counts)
+
+
+def test_what_the_device_always_computes_stays_there(monkeypatch):
+    """Rows of the first two of three blocks come once, after a sweep that lends all of them: those of the first, since the
+    second's turn was nobody else's."""
+    model, brought = Model(1, "int8"), []
+    rows_to_device = model.cuda.rows_to_device
+    monkeypatch.setattr(
+        model.cuda, "rows_to_device", lambda *given: (brought.append(given[2].nbytes), rows_to_device(*given))[1]
+    )
+    model.sweep([7, 3], BLOCKS, None)
+    found = []
+    for lent in (2, 2, 2, BLOCKS, 2, 2):
+        brought.clear()
+        model.sweep([1, 0], lent, None)
+        found.append(sum(brought))
+    row = 2 * HEADS * (SIZE + 4)  # of keys and values, with their scales
+    assert found == [7 * row, 0, 0, 10 * row, 11 * row, 0] and not model.check()
 
 
 MISTAKES = {
@@ -133,25 +155,25 @@ def test_a_mistake_would_be_seen(mistake):
     found = 0
     for seed in range(40):
         model = Model(seed, "fp16")
-        finish = model.cache.finish
+        on_host = model.cache.on_host
         if mistake in MISTAKES:
             event, call = MISTAKES[mistake]
             for turn in model.cache._turns:
                 setattr(getattr(turn, event), call, lambda: None)
         elif mistake == "the CPU does not wait":
-            model.cache.finish = lambda: None
-        sweeps = [([5, 2], False, None), ([1, 3], False, None), ([1, 1], True, None)]
+            model.cache.on_host = lambda blocks: None
+        sweeps = [([5, 2], BLOCKS, None), ([1, 3], BLOCKS, None), ([1, 1], 0, None)]
         if mistake == "nothing waits for an interrupted sweep":
-            sweeps = [([5, 2], False, None), ([1, 3], False, 2), ([1, 1], False, None)]
+            sweeps = [([5, 2], BLOCKS, None), ([1, 3], BLOCKS, 2), ([1, 1], BLOCKS, None)]
             model.cache.begin = partial(begin_at_once, model.cache)
-        for counts, on_host, stop in sweeps:
+        for sweep in sweeps:
             with suppress(KeyError):
-                model.sweep(counts, on_host, stop)
-        model.cache.finish = finish
+                model.sweep(*sweep)
+        model.cache.on_host = on_host
         found += bool(model.check())
     assert found
 
 
-def begin_at_once(cache: HostCache, table: np.ndarray) -> None:
-    cache._table = table.tolist()
+def begin_at_once(cache: HostCache, table: np.ndarray, count: int) -> None:
+    cache._table, cache._lent = table.tolist(), count
     cache._bring(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from moss_jt.swap import make_plan, on_device, smallest
 from moss_jt.swap.on_device import OnDevice
+from moss_jt.swap.plan import Plan
 from moss_jt.swap.ring import Ring
 from moss_jt.swap.streamed import Streamed
 
@@ -28,19 +30,27 @@ def weights(request, tmp_path_factory):
     return models.write(tmp_path_factory.mktemp("gpu") / "model", request.param, head, n_layer=7)
 
 
-def opened(weights, monkeypatch, seed: int, share: float, pinned: int) -> tuple[Simulated, OnDevice]:
+def planned(weights, share: float, swap: str = "stream"):
     """Within this share of what is missing from the smallest budget to everything."""
-    cuda, model = Simulated(seed), (weights.config, weights.coding, CONTEXT)
+    model = (weights.config, weights.coding, CONTEXT)
+    least, most = smallest(*model, gpu=True, swap=swap), make_plan(*model, 1 << 40, gpu=True).peak
+    return make_plan(*model, least + int(share * (most - least)), gpu=True, swap=swap)
+
+
+def opened(weights, monkeypatch, seed: int, plan, pinned: int) -> tuple[Simulated, OnDevice]:
+    cuda = Simulated(seed)
     monkeypatch.setattr(on_device, "cudart", cuda)
-    least, most = smallest(*model, gpu=True), make_plan(*model, 1 << 40, gpu=True).peak
-    plan = make_plan(*model, least + int(share * (most - least)), gpu=True)
-    return cuda, OnDevice(weights, plan, pinned)
+    return cuda, OnDevice(weights, plan if isinstance(plan, Plan) else planned(weights, plan), pinned)
 
 
-def sweep(weights, cuda: Simulated, lender: OnDevice, head: bool, wrong: list, stop: int | None = None) -> None:
-    """Kernels that read all of every block, and of lm_head; up to block ``stop``."""
-    lender.expect(head)
+def sweep(
+    weights, cuda: Simulated, lender: OnDevice, head: bool, wrong: list, stop: int | None = None, by_cpu: list | None = None
+) -> None:
+    """Kernels that read all of every block but those ``by_cpu``, and of lm_head; up to block ``stop``."""
+    lender.expect(head, by_cpu is not None)
     for i in range(weights.config.n_layer):
+        if i in (by_cpu or ()):
+            continue
         with lender.block(i) as found:
             if i == stop:
                 raise KeyError
@@ -79,6 +89,60 @@ def test_whatever_the_timing(weights, seed, share, pinned, sweeps):
         assert not wrong and cuda.taken == allocated
         if lender.streams:
             lender.close()
+
+
+@pytest.fixture(scope="module", params=["fp16", "int4"])
+def keeping(request, tmp_path_factory):
+    """A model whose blocks are larger than lm_head, and plans for it whose slots keep blocks in some sweeps: with lm_head on
+    the device, and in slots of its own."""
+    folder = tmp_path_factory.mktemp("keeping") / "model"
+    weights = models.write(folder, request.param, "int8", n_layer=7, n_inner=2400)
+    plans = [plan for share in np.linspace(0, 1, 100) if (plan := planned(weights, share, "auto")).kept]
+    return weights, [next(plan for plan in plans if bool(plan.head_slot) == apart) for apart in (False, True)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30),
+    apart=st.booleans(),
+    sweeps=st.lists(st.tuples(st.booleans(), st.booleans(), st.none() | st.integers(0, 6)), min_size=1, max_size=6),
+)
+def test_blocks_that_the_slots_keep(keeping, seed, apart, sweeps):
+    """While the CPU computes others; between sweeps that stream, interrupted or not."""
+    weights, plan = keeping[0], keeping[1][apart]
+    by_cpu = [i for i in plan.host_blocks if i not in plan.kept]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        cuda, lender = opened(weights, monkeypatch, seed, plan, 1 << 30)
+        wrong = []
+        for head, on_host, stop in sweeps:
+            with suppress(KeyError):
+                sweep(weights, cuda, lender, head, wrong, stop, by_cpu if on_host else None)
+        cuda.synchronize()
+        assert not wrong and plan.kept == [0, 1] and len(by_cpu) > 0
+        lender.close()
+
+
+def recorded(copies: list, which: dict, copy, slot, source: np.ndarray) -> None:
+    copies.append(which[source.ctypes.data])
+    copy(slot, source)
+
+
+def test_what_is_kept_comes_once(keeping, monkeypatch):
+    """Not even then after a sweep that streams, which ends with bringing it; and such a sweep does not bring it again."""
+    weights, plans = keeping
+    for plan in plans:
+        cuda, lender = opened(weights, monkeypatch, 5, plan, 1 << 30)
+        by_cpu, copies = [i for i in plan.host_blocks if i not in plan.kept], []
+        which, carrier = {memory.ctypes.data: item for item, memory in lender._waiting.items()}, lender._rings[0]._carrier
+        carrier._copy = partial(recorded, copies, which, carrier._copy)
+        sweep(weights, cuda, lender, True, [])
+        for _ in range(3):
+            sweep(weights, cuda, lender, True, [], by_cpu=by_cpu)
+        sweep(weights, cuda, lender, True, [])
+        streamed = [i for i in copies if isinstance(i, int)]
+        assert streamed == [*by_cpu, *plan.kept, *by_cpu, *plan.kept]
+        assert len(copies) - len(streamed) == 5 * len(plan.head_ranges()) and bool(plan.head_slot) == bool(plan.head_ranges())
+        lender.close()
 
 
 def test_both_tiers_have_one_scheduler(weights, monkeypatch):
@@ -186,7 +250,7 @@ def test_pages_that_move(weights, seed, share, heads):
     with pytest.MonkeyPatch.context() as monkeypatch:
         cuda, lender = unified(weights, monkeypatch, seed, share, 1 << 40)
         wrong, away = [], []
-        lend = lender._ring.lend
+        lend = lender._rings[0].lend
 
         @contextmanager
         def lent(item):
@@ -194,7 +258,7 @@ def test_pages_that_move(weights, seed, share, heads):
                 cuda.launch(lambda: lender._waiting[item] in cuda.on_device or away.append(item))
                 yield turn
 
-        lender._ring.lend = lent
+        lender._rings[0].lend = lent
         for head in heads:
             sweep(weights, cuda, lender, head, wrong)
         cuda.synchronize()

@@ -121,6 +121,28 @@ def test_another_beginning_drops_what_was_brought_for_nothing():
     assert [write.item for write in device.writes[:8]] == [0, 1, *ITEMS]  # 2, 3 and 4 had not begun
 
 
+def test_what_all_fits_is_brought_once():
+    """After a longer cycle, too, whose next beginning was brought already; and again where a copy failed."""
+    device = Device(lambda item: 1.0, waits=True)
+    ring = Ring(["a", "b", "c"], device)
+    run(ring, device, ITEMS, ITEMS, False, lambda: 0.1)
+    for some in ([0, 1, 2], [0, 1, 2], [0, 1], [0, 1]):
+        run(ring, device, some, some, False, lambda: 0.1)
+    assert [write.item for write in device.writes] == [*ITEMS, 0, 1, 2]
+    run(ring, device, ITEMS, ITEMS, False, lambda: 0.1)
+    assert [write.item for write in device.writes[9:]] == [2, 3, 4, 5, 0, 1, 2]  # 0 and 1 had stayed
+    device.fails = lambda item: item == 4
+    with pytest.raises(CopyFailed):
+        run(ring, device, [3, 4], [3, 4], False, lambda: 0.1)
+    device.fails = lambda item: False
+    with pytest.raises(CopyFailed):  # it was started anew before
+        run(ring, device, [3, 4], [3, 4], False, lambda: 0.1)
+    for _ in range(2):
+        run(ring, device, [3, 4], [3, 4], False, lambda: 0.1)
+    assert [write.item for write in device.writes[-4:]] == [3, 4, 4, 4]
+    device.check()
+
+
 def test_one_loan_at_a_time():
     ring = Ring(["a", "b"], Device(lambda item: 1.0, waits=True))
     ring.follow(ITEMS)
