@@ -94,11 +94,22 @@ def fill(found: dict, arguments: argparse.Namespace, layers: int, start: float) 
         return _SWAP_UNTIL - (time.monotonic() - start)
 
     found["link_GB_s"] = device_limits.to_device().measure() / 1e9
+    found["link_in_place_GB_s"] = link_in_place(arguments.dir)
     for name, coding in CODINGS.items():
         turns = 50 if arguments.quick else 500
         measure(found[name], name, coding, layers, arguments.dir, arguments.repeat, left, turns)
         say(start, f"{name} is measured")
     found["peer"] = peer(layers)
+
+
+def link_in_place(folder: Path) -> float | str:
+    """The link's GB/s from pages of a file that are pinned where they are, or why there is none."""
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.truncate(256 << 20)
+        try:
+            return device_limits.to_device(Path(file.name)).measure() / 1e9
+        except MossError as e:
+            return str(e)
 
 
 def say(start: float, text: str) -> None:
@@ -262,6 +273,8 @@ def draw(found: dict) -> None:
         for kind in ("decode", "prefill"):
             table.add_row(f"transformers {kind}", f"{peer[kind]:,.1f}", "", "", "")
     Console().print(table)
+    if "link_GB_s" in found:
+        print(f"link: {found['link_GB_s']:.1f} GB/s from pinned memory; from a file's pages: {found['link_in_place_GB_s']}")
     draw_swap([case for name in CODINGS for case in found[name]["swap"]["cases"]], found["fp16"]["swap"])
     draw_lora(found[LORA].get("lora", {}))
     for name in (*CODINGS, "peer"):

@@ -26,7 +26,8 @@ _OUT_OF_MEMORY = 2
 _GLOBAL = 1  # cudaMemAttachGlobal
 _PREFERRED_LOCATION, _ACCESSED_BY = 3, 5  # enum cudaMemoryAdvise
 _AT_DEVICE, _AT_HOST = 1, 2  # enum cudaMemLocationType
-_CONCURRENT_MANAGED_ACCESS = 89  # enum cudaDeviceAttr
+_CONCURRENT_MANAGED_ACCESS, _REGISTERS_READ_ONLY = 89, 113  # enum cudaDeviceAttr
+_READ_ONLY = 8  # cudaHostRegisterReadOnly
 
 
 class OutOfDeviceMemory(MossError):
@@ -57,13 +58,13 @@ class Managed:
         self.pointer, self.nbytes = pointer.value, nbytes
         self.bytes = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(self.pointer), np.uint8)
         self.free = weakref.finalize(self, _quietly, "cudaFree", pointer)
-        if _moves_pages():
+        if _can(_CONCURRENT_MANAGED_ACCESS):
             for advice, on_device in ((_PREFERRED_LOCATION, False), (_ACCESSED_BY, True)):
                 _call("cudaMemAdvise", pointer, c_size_t(nbytes), c_int(advice), _location(on_device))
 
     def move(self, to_device: bool, stream: Stream) -> None:
         """Begin to bring it to the device, or back."""
-        if _moves_pages():
+        if _can(_CONCURRENT_MANAGED_ACCESS):
             flags = () if _version() < 13000 else (c_uint(0),)
             where = _location(to_device)
             _call("cudaMemPrefetchAsync", c_void_p(self.pointer), c_size_t(self.nbytes), where, *flags, stream.handle)
@@ -91,10 +92,10 @@ def _version() -> int:
 
 
 @cache
-def _moves_pages() -> bool:
+def _can(attribute: int) -> bool:
     device, found = c_int(), c_int()
     _call("cudaGetDevice", byref(device))
-    _call("cudaDeviceGetAttribute", byref(found), c_int(_CONCURRENT_MANAGED_ACCESS), device)
+    _call("cudaDeviceGetAttribute", byref(found), c_int(attribute), device)
     return bool(found.value)
 
 
@@ -149,6 +150,23 @@ def pinned(nbytes: int) -> np.ndarray:
     return np.frombuffer(buffer, np.uint8) if nbytes else np.empty(0, np.uint8)
 
 
+def registered(memory: np.ndarray) -> np.ndarray:
+    """Read-only memory, such as a mapped file, pinned where it is: uint8 (n,) over the same, pinned as long as that is used.
+    Raises MossError where the device or its driver cannot."""
+    if not _can(_REGISTERS_READ_ONLY):
+        raise MossError("the device does not take memory that it must not write to")
+    pointer = c_void_p(memory.ctypes.data)
+    _call("cudaHostRegister", pointer, c_size_t(memory.nbytes), c_uint(_READ_ONLY))
+    buffer = (ctypes.c_uint8 * memory.nbytes).from_address(pointer.value)
+    weakref.finalize(buffer, _unregister, pointer, memory)
+    return np.frombuffer(buffer, np.uint8)
+
+
+def _unregister(pointer: c_void_p, memory: np.ndarray) -> None:
+    """``memory`` may go now, not before."""
+    _quietly("cudaHostUnregister", pointer)
+
+
 def to_device(pointer: int, source: np.ndarray, stream: Stream | None = None) -> None:
     """Copy a contiguous array; returns at once where it is pinned, and then it must stay as it is until the stream is past."""
     size = c_size_t(source.nbytes)
@@ -196,15 +214,20 @@ def memory_info() -> tuple[int, int]:
 def link_bandwidth() -> float:
     """Bytes a second from pinned host memory to the device: of 64 MiB, best of three."""
     source = pinned(64 << 20)
-    memory = Memory(source.nbytes)
+    return source.nbytes / copy_seconds(Memory(source.nbytes), source)
+
+
+def copy_seconds(memory: Memory, source: np.ndarray) -> float:
+    """How long it takes to copy pinned memory to the device. Best of three."""
 
     def seconds() -> float:
+        synchronize()
         start = time.perf_counter()
         to_device(memory.pointer, source)
         synchronize()
         return time.perf_counter() - start
 
-    return source.nbytes / min(seconds() for _ in range(4))  # the first one wakes the link
+    return min(seconds() for _ in range(4))  # the first one wakes the link
 
 
 def synchronize() -> None:

@@ -248,7 +248,7 @@ def test_gpu_suite_ends_in_time(tmp_path, monkeypatch, capsys, where):
     monkeypatch.setattr(suite, "_resident", resident)
     monkeypatch.setattr(suite, "random_checkpoint", lambda shape, parent: nullcontext(tmp_path))
     monkeypatch.setattr(suite.runtime, "jittor", lambda device: None)
-    monkeypatch.setattr(suite.device_limits, "to_device", lambda: SimpleNamespace(measure=lambda: 2e10))
+    monkeypatch.setattr(suite.device_limits, "to_device", lambda *file: SimpleNamespace(measure=lambda: 2e10))
     monkeypatch.setattr(suite.gpu_swap, "measure", lambda into, *rest: into)
     monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--quick"])
     start = time.monotonic()

@@ -147,7 +147,7 @@ from moss_jt import cudart, devices
 from moss_jt.devices import check, open_device
 from moss_jt.model import Model, Request
 from moss_jt.sampling import Sampling
-from moss_jt.swap import speeds
+from moss_jt.swap import on_device, speeds
 from moss_jt.swap.plan import Speeds
 from moss_jt.weights import open_weights
 
@@ -156,6 +156,7 @@ def mark(text):
         log.write(f"--- {text}\n")
 
 check.check = lambda *what: None  # kernels do nothing here
+on_device._AS_FAST = float("inf")  # copies are the host's, as fast as they happen to be
 weights = open_weights(sys.argv[1])
 vram, ram = (int(size) if size != "None" else None for size in sys.argv[2:4])
 # A token is computed by the CPU, and some are not.
@@ -182,6 +183,7 @@ batch = model.evaluate([Request(s, ids[: 5 + s.place], 2, greedy) for s in cache
 mark("freed")
 peak, plan, streams, disk = device.peak, device.plan, model.streams, len(device.weights.from_disk)
 used = cudart.memory_info()[0]
+blocks_on_disk = sum(isinstance(item, int) for item in device.weights.from_disk)
 del model, device, cache
 gc.collect()
 mark("end")
@@ -189,7 +191,7 @@ print(json.dumps({
     "logits": list(logits.shape), "one": [type(one).__name__, list(one.ids.shape)], "batch": [len(b) for b in batch],
     "rows": list(rows.shape), "freed": cudart.memory_info()[0] - used, "peak": peak, "planned": plan.peak, "streams": streams,
     "streamed": plan.streamed_blocks, "host": plan.host_blocks, "kept": plan.kept, "from": plan.streams_from,
-    "ranges": plan.head_ranges(), "slot": plan.slot, "disk": disk,
+    "ranges": plan.head_ranges(), "slot": plan.slot, "disk": disk, "blocks on disk": blocks_on_disk,
 }))
 """
 
@@ -248,6 +250,9 @@ def test_streamed(weights, ram):
     answer, log = run_model(weights, least + 2_000_000, ram)
     assert answer["streams"] and answer["streamed"] and answer["peak"] <= answer["planned"] <= least + 2_000_000
     assert (answer["disk"] > 0) == (ram is not None)
+    # Blocks are pinned where they are, in their files' pages; of lm_head there are several pieces, so that it is copied.
+    sizes = [weights.regions[f"block-{i:02d}.safetensors"].nbytes for i in answer["streamed"]][answer["blocks on disk"] :]
+    assert re.findall(r"^register (\d+)", log["load"], flags=re.MULTILINE) == [str(size) for size in sizes]
     both, expected = log["token"] + log["token again"], 2 * (len(answer["streamed"]) + len(answer["ranges"]))
     over = re.findall(r"copy kind 1 (\d+) stream (0x[0-9a-f]+)", both)
     assert len({stream for _, stream in over}) == 1 and all(int(size) <= answer["slot"] for size, _ in over)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from .. import cudart
 from ..machine import GIB, MIB
 from ..runtime import jittor
+from ..swap.reader import File
 from .pairs import Limit, rate
 
 _SECONDS = 0.1  # a measurement lasts
@@ -42,9 +45,10 @@ def multiply() -> Limit:
     return Limit(f"cuBLAS in fp16, {_SIDE} square", "GFLOP_s", lambda: rate(work, 2 * _SIDE**3, _SECONDS))
 
 
-def to_device() -> Limit:
-    """Bytes a second from pinned host memory to the device, in copies of 256 MiB."""
-    source = cudart.pinned(256 * MIB)
+def to_device(file: Path | None = None) -> Limit:
+    """Bytes a second from pinned host memory to the device, in copies of 256 MiB; or from the pages of a ``file`` that is as
+    large, pinned where they are. Raises MossError where the driver cannot."""
+    source = cudart.registered(File(file).mapped(0, 256 * MIB)) if file else cudart.pinned(256 * MIB)
     memory = cudart.Memory(len(source))
 
     def work() -> None:
@@ -52,4 +56,6 @@ def to_device() -> Limit:
         cudart.synchronize()
 
     work()
-    return Limit("pinned host memory to the device", "GB_s", lambda: rate(work, len(source), _SECONDS))
+    return Limit(
+        f"{'a file' if file else 'pinned host memory'} to the device", "GB_s", lambda: rate(work, len(source), _SECONDS)
+    )

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import cudart
+from ..errors import MossError
 from ..weights import Weights
 from ..weights.store import arrays
 from .host import as_vars
@@ -26,6 +27,7 @@ from .reader import Worker
 from .ring import Ring
 from .sources import Source, sources
 
+_AS_FAST = 1.03  # times as long, at most
 _STAGED = 2  # pinned buffers that what comes from disk takes turns in: one is read into while the other is copied
 
 
@@ -57,8 +59,12 @@ class OnDevice:
         unified = plan.swap == "unified"
         if unified:
             _check_unified(sum(s.part.room for s in streamed.values()), len(self.from_disk))
-        load = loader.to_managed if unified else loader.to_pinned
-        waiting = {item: load(s) for item, s in streamed.items() if item not in self.from_disk}
+        lent = {*self._blocks, *self._ranges}  # others stay where they are
+        waiting = {
+            item: loader.to_managed(source) if unified else loader.to_pinned(source, item in lent)
+            for item, source in streamed.items()
+            if item not in self.from_disk
+        }
         loader.finish()
         self._sources = {**found, **streamed}
         self._on_host = {i: as_vars(arrays(waiting[i], streamed[i].part.spans[0].tensors)) for i in self._host}
@@ -284,6 +290,7 @@ class _Loader:
 
     def __init__(self, room: int):
         self._halves = [(cudart.pinned(room), cudart.Event()) for _ in range(2)]
+        self._in_place, self._compared = True, False  # until it turns out otherwise
 
     def to_device(self, source: Source) -> cudart.Memory:
         memory = cudart.Memory(source.part.room)
@@ -295,10 +302,28 @@ class _Loader:
         copied.record()
         return memory
 
-    def to_pinned(self, source: Source) -> np.ndarray:
+    def to_pinned(self, source: Source, lent: bool) -> np.ndarray:
+        """Of a file's pages where they are in the page cache, if the driver can, and copies from there to the device, for what
+        is ``lent``, are no slower; or else of a copy."""
+        if self._in_place and (memory := self._registered(source, lent)) is not None:
+            return memory
         memory = cudart.pinned(source.part.room)
         source.fetch(memory)
         return memory
+
+    def _registered(self, source: Source, lent: bool) -> np.ndarray | None:
+        if len(source.part.spans) > 1:  # which are one copy to the device
+            return None
+        try:
+            memory = cudart.registered(source.mapped())
+        except MossError:  # whatever is wrong with the file is said when it is read
+            self._in_place = False
+            return None
+        if lent and not self._compared:
+            there, staged = cudart.Memory(memory.nbytes), self._halves[0][0][: memory.nbytes]
+            usual, in_place = (cudart.copy_seconds(there, array) for array in (staged, memory))
+            self._in_place, self._compared = in_place < _AS_FAST * usual, True
+        return memory if self._in_place else None
 
     def to_managed(self, source: Source) -> cudart.Managed:
         """Read elsewhere first: direct I/O may refuse such pages."""

@@ -23,6 +23,8 @@ import numpy as np
 
 from ..errors import MossError
 
+_MADV_POPULATE_READ = 22  # of Linux 5.14: read all of it now, in large requests
+
 
 def allocate(nbytes: int) -> np.ndarray:
     """Memory of this process alone, page-aligned, in huge pages where Linux gives them: uint8 (nbytes,)."""
@@ -60,6 +62,16 @@ class File:
             if not got:
                 raise MossError(f"{self.path}: ends at byte {offset + done}: it was changed; convert the checkpoint again")
             done += got
+
+    def mapped(self, offset: int, nbytes: int) -> np.ndarray:
+        """What the page cache has of the file, read into it first where it has not: uint8 (nbytes,), not to be written to.
+        ``offset``: a multiple of a page. Raises MossError for a disk's error, or a file that has become shorter."""
+        try:
+            memory = mmap.mmap(self._file, nbytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset)
+            memory.madvise(_MADV_POPULATE_READ)
+        except (OSError, ValueError) as e:
+            raise MossError(f"{self.path}: cannot be mapped: {e}") from None
+        return np.frombuffer(memory, np.uint8)
 
 
 def _open(path: Path, direct: bool) -> tuple[int, bool]:

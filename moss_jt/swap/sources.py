@@ -29,6 +29,11 @@ class Source:
             self.file.read(self.start + span.offset, memory[at : at + span.room], span.nbytes)
             at += span.room
 
+    def mapped(self) -> np.ndarray:
+        """The same of a part that is one span, as File.mapped has it."""
+        (span,) = self.part.spans
+        return self.file.mapped(self.start + span.offset, span.nbytes)
+
 
 def sources(weights: Weights, head_ranges: list[tuple[int, int]]) -> dict[Hashable, Source]:
     """Every part: the blocks, and lm_head in these ranges of rows."""

@@ -13,6 +13,7 @@ from typing import Callable
 import numpy as np
 
 from moss_jt.cudart import OutOfDeviceMemory
+from moss_jt.errors import MossError
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Simulated:
         self.refuses: Callable[[], bool] = lambda: False  # whether the next allocation fails
         self._random, self._lock = random.Random(seed), threading.RLock()
         self._slow = self._random.choice([None, 0, 1])  # a stream that hardly gets anywhere
+        self.registers, self.slower = self._random.random() < 0.5, 1.0  # if memory is pinned where it is, and how slow that is
         self._default = _Queue()
         self._queues = [self._default]
         self.fails: Callable[[], bool] = lambda: False
@@ -125,6 +127,17 @@ class Simulated:
     def pinned(self, nbytes: int) -> np.ndarray:
         self._pinned.append(np.full(nbytes, 0xFF, np.uint8))  # not a number, in halves and floats
         return self._pinned[-1]
+
+    def registered(self, memory: np.ndarray) -> np.ndarray:
+        if not self.registers:
+            raise MossError("not supported")
+        assert not memory.flags.writeable
+        self._pinned.append(memory)
+        return memory
+
+    def copy_seconds(self, memory, source: np.ndarray) -> float:
+        assert memory.nbytes >= source.nbytes
+        return source.nbytes * (self.slower if not source.flags.writeable else 1.0)
 
     def to_device(self, pointer: int, source: np.ndarray, stream=None) -> None:
         if stream and self.fails():

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moss_jt.swap import make_plan, on_device, smallest
+from moss_jt.swap import make_plan, on_device, reader, smallest
 from moss_jt.swap.on_device import OnDevice
 from moss_jt.swap.plan import Plan
 from moss_jt.swap.ring import Ring
@@ -227,6 +227,34 @@ def test_a_disk_s_error_is_of_the_sweep_that_needed_it(weights, monkeypatch):
         sweep(weights, cuda, lender, True, wrong)
     cuda.synchronize()
     assert not wrong
+    lender.close()
+
+
+def test_weights_that_are_pinned_where_they_are(weights, monkeypatch):
+    """In the file's pages: blocks, and what is one piece of lm_head; unless the driver refuses, or copies are slower."""
+    for registers, slower, in_place in ((True, 1.0, True), (True, 1.2, False), (False, 1.0, False)):
+        cuda, wrong = Simulated(4), []
+        cuda.registers, cuda.slower = registers, slower
+        monkeypatch.setattr(on_device, "cudart", cuda)
+        lender = OnDevice(weights, planned(weights, 0.2), 1 << 40)
+        pieces = {item: len(lender._sources[item].part.spans) for item in lender._waiting}
+        mapped = {item for item, memory in lender._waiting.items() if not memory.flags.writeable}
+        assert mapped == {item for item, count in pieces.items() if in_place and count == 1}
+        assert {True: max(pieces.values()) == 1, False: len(mapped) < len(pieces)}[weights.coding.dtype == "fp16"]
+        for head in (True, False, True):
+            sweep(weights, cuda, lender, head, wrong)
+        cuda.synchronize()
+        assert not wrong
+        lender.close()
+
+
+def test_nothing_is_pinned_in_place_that_cannot_be_read(weights, monkeypatch):
+    cuda = Simulated(4)
+    cuda.registers = True
+    monkeypatch.setattr(on_device, "cudart", cuda)
+    monkeypatch.setattr(reader, "_MADV_POPULATE_READ", 12345)  # as on a system that does not know it
+    lender = OnDevice(weights, planned(weights, 0.2), 1 << 40)
+    assert all(memory.flags.writeable for memory in lender._waiting.values())
     lender.close()
 
 

@@ -40,6 +40,23 @@ def read(file: File, offset: int = 0, nbytes: int | None = None) -> bytes:
     return memory[:nbytes].tobytes()
 
 
+@pytest.mark.parametrize("nbytes", [1, ALIGN, SIZE - ALIGN])
+def test_pages_of_the_cache(content, nbytes):
+    """What is mapped is the file's, cannot be written to, and outlives the file's being closed."""
+    file = File(content)
+    memory = file.mapped(ALIGN, nbytes)
+    file.close()
+    assert memory.tobytes() == content.read_bytes()[ALIGN : ALIGN + nbytes] and not memory.flags.writeable
+
+
+def test_a_file_that_is_too_short_to_be_mapped(content):
+    file = File(content)
+    os.truncate(content, 2 * ALIGN)
+    with pytest.raises(MossError, match="cannot be mapped") as e:
+        file.mapped(ALIGN, SIZE - ALIGN)
+    assert str(content) in str(e.value) and "\n" not in str(e.value)
+
+
 def refused_when_opened(monkeypatch):
     def refuse(path, flags, *rest):
         if flags & os.O_DIRECT:
