@@ -234,7 +234,7 @@ class Cuda:
 
 
 def _say_fewer(now: Plan, before: Plan) -> None:
-    counts = [plan.blocks.count(RESIDENT) for plan in (now, before)]
+    counts = [plan.blocks.count(RESIDENT) + len(plan.kept) for plan in (now, before)]
     print(f"moss-jt: the GPU's memory is short: {counts[0]} blocks stay there from now on, not {counts[1]}", file=sys.stderr)
 
 

@@ -263,8 +263,9 @@ def make_plan(
 
     coding: how the weights are stored. context: tokens to keep a cache for; kv_cache: in what, fp16 or int8. swap: what becomes
     of blocks that do not fit a GPU: ``stream``; ``unified``: the same, by moving pages; ``host``: the CPU computes them;
-    ``auto``: it does or they are streamed, sweep by sweep, as ``Plan.settled`` says; ``jittor``: it moves all of them. ram: the
-    most for those that the CPU computes, or that Jittor moves, None: any; with auto, those beyond are streamed.
+    ``auto``: it does or they are streamed, sweep by sweep, as ``Plan.settled`` says, and it does where no slots fit;
+    ``jittor``: it moves all of them. ram: the most for those that the CPU computes, or that Jittor moves, None: any; with auto,
+    those beyond are streamed.
     Raises MossError where the budget is too small, with the smallest that works and what would make that smaller, and where
     ``host`` or ``jittor`` needs more RAM.
     """
@@ -295,19 +296,23 @@ def make_plan(
 
 def less(plan: Plan, room: int) -> Plan | None:
     """The plan with weights and slots in at most ``room`` bytes of a GPU's memory, and more of them streamed. Keys and values
-    stay where they are: what the CPU computes, it goes on to. None where so little does not do."""
+    stay where they are: what the CPU may compute, it goes on to, and always where no slots for it fit. None where so little is
+    not enough."""
     n = len(plan.blocks) - len(plan.host_blocks)
-    if not n or plan.swap == "jittor":
+    if plan.swap == "jittor":
         return None
-    sizes = Sizes(replace(plan.config, n_layer=n), plan.coding, plan.context, plan.kv_cache, plan.gpu)
-    found = placements(sizes, room + n * sizes.block_cache)
-    least = sizes.block if EITHER in plan.blocks else 0  # that a slot has to take
-    fitting = [placed for placed in found if placed.fits and placed.slot >= least]
+    sizes = Sizes(plan.config, plan.coding, plan.context, plan.kv_cache, plan.gpu)
+    sizes.n_layer = n  # of the others
+    found = [placed for placed in placements(sizes, room + n * sizes.block_cache) if placed.fits]
+    streaming = [placed for placed in found if placed.slot >= sizes.block]
+    either = EITHER in plan.blocks and len(streaming) > 0
+    fitting = streaming if either else found
     if not fitting:
         return None
     best = min(fitting, key=lambda placed: placed.brought)
     others = iter(spread(n - best.blocks, n, (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block))
-    blocks = tuple(where if where in (HOST, EITHER) else next(others) for where in plan.blocks)
+    on_host = EITHER if either else HOST
+    blocks = tuple(on_host if where in (HOST, EITHER) else next(others) for where in plan.blocks)
     return replace(plan, blocks=blocks, head_rows=best.head_rows, part_rows=best.part_rows, slot=best.slot, head_slot=0)
 
 
