@@ -31,32 +31,41 @@ class Placement:
 
 
 def placements(s: Sizes, room: int) -> Iterator[Placement]:
-    """The kinds of placement there are, each with as much resident as fits."""
+    """The kinds of placement there are, each with as much resident as fits. Of equals the first is to be taken."""
     slot = max(s.block, s.head_rows(ROWS))
-    part = max(ROWS, s.rows_in(slot))
     few = max(ROWS, min(s.rows_in(_HEAD_PART), s.vocab // 8 // ROWS * ROWS))
     small = s.head_rows(few)
     yield _placement(s, room, s.n_layer, 0, 0)
     if s.swap == "jittor":
-        unit = -(-slot // _JITTOR_UNIT) * _JITTOR_UNIT
-        brought = 2 * (s.n_layer * s.block + s.head)
-        yield Placement(0, 0, part, unit, 0, False, room - s.blocks(0) - unit, brought)
+        yield _jittor(s, room, slot)
         return
     yield _placement(s, room, s.n_layer, few, small)
-    come = s.swap == "auto"
     if s.swap != "host":
-        left = room - SLOTS * slot
-        streaming = [_placement(s, room, s.blocks_in(left, come), part, slot, 0, come)]
-        if come:  # of equals the first is taken: that with more of lm_head
-            beside = min(s.blocks_in(left - SLOTS * small, come), max(0, s.n_layer - SLOTS - 1))
-            parts_apart = _placement(s, room, beside, few, slot, small, come)
-            streaming = [_placement(s, room, s.blocks_in(left - s.head, come), part, slot, 0, come), parts_apart, *streaming]
+        streaming = list(_streaming(s, room, slot, few))
         yield from streaming
-        if not come or any(placed.fits for placed in streaming):
+        if s.swap != "auto" or any(placed.fits for placed in streaming):
             return
     least = s.n_layer - s.most_on_host
     yield _placement(s, room, max(least, s.blocks_in(room - s.head)), 0, 0)
     yield _placement(s, room, max(least, s.blocks_in(room - SLOTS * small)), few, small)
+
+
+def _streaming(s: Sizes, room: int, slot: int, few: int) -> Iterator[Placement]:
+    """With slots for blocks. With auto, lm_head is rather resident, or has slots of its own, so that the others can keep blocks
+    for a CPU that computes at least one."""
+    left, part, small = room - SLOTS * slot, max(ROWS, s.rows_in(slot)), s.head_rows(few)
+    come = s.swap == "auto"
+    if come:
+        yield _placement(s, room, s.blocks_in(left - s.head, come), part, slot, 0, come)
+        beside = min(s.blocks_in(left - SLOTS * small, come), max(0, s.n_layer - SLOTS - 1))
+        yield _placement(s, room, beside, few, slot, small, come)
+    yield _placement(s, room, s.blocks_in(left, come), part, slot, 0, come)
+
+
+def _jittor(s: Sizes, room: int, slot: int) -> Placement:
+    slot = -(-slot // _JITTOR_UNIT) * _JITTOR_UNIT
+    brought = 2 * (s.n_layer * s.block + s.head)
+    return Placement(0, 0, max(ROWS, s.rows_in(slot)), slot, 0, False, room - s.blocks(0) - slot, brought)
 
 
 def _placement(
