@@ -274,7 +274,9 @@ def draw(found: dict) -> None:
             table.add_row(f"transformers {kind}", f"{peer[kind]:,.1f}", "", "", "")
     Console().print(table)
     if "link_GB_s" in found:
-        print(f"link: {found['link_GB_s']:.1f} GB/s from pinned memory; from a file's pages: {found['link_in_place_GB_s']}")
+        in_place = found["link_in_place_GB_s"]
+        in_place = in_place if isinstance(in_place, str) else f"{in_place:.1f} GB/s"
+        print(f"link: {found['link_GB_s']:.1f} GB/s from pinned memory; from a file's pages, pinned there: {in_place}")
     draw_swap([case for name in CODINGS for case in found[name]["swap"]["cases"]], found["fp16"]["swap"])
     draw_lora(found[LORA].get("lora", {}))
     for name in (*CODINGS, "peer"):
