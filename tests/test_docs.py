@@ -19,6 +19,7 @@ from moss_jt.cli import COMMANDS, group
 from moss_jt.config import KV_CACHES, Config
 from moss_jt.sizes import parse_size
 from moss_jt.swap import make_plan
+from moss_jt.swap.plan import Speeds
 from moss_jt.weights.layout import WTE_FILE, Coding, files_of
 
 from .checkpoints import random_state, small_config, write_official
@@ -233,6 +234,23 @@ def test_plans_within_budgets():
                 continue
             counts = f"{plan.blocks.count('resident')} + {len(plan.streamed_blocks)}, {plan.disk_bytes / 1e9:.1f} GB"
             assert cell == (counts if plan.streams else "all")
+
+
+def test_speeds_that_plans_expect():
+    page = text("docs/performance.md").partition("## Swapping on a GPU")[2].partition("\n## ")[0]
+    given = re.search(r"(\d+) GB/s and (\d+) TF.* (\d+) GB/s, .* (\d+) GB/s and (\d+) TF", page)
+    memory, arithmetic, link, ram, cpu = map(float, given.groups())
+    speeds = Speeds(memory * 1e9, link * 1e9, arithmetic * 1e12, Speeds(ram * 1e9, 0, cpu * 1e12))
+    rows = re.findall(r"^\| (\d+ GiB) \| (.*) \| (.*) \| (.*) \|$", page, re.M)
+    assert len(rows) == 4
+    for budget, *cells in rows:
+        for cell, coding in zip(cells, (Coding(), Coding("int8", "int8"), Coding("int4", "int8"))):
+            plans = [
+                make_plan(MOON, coding, 2048, parse_size(budget), gpu=True, swap=swap) for swap in ("stream", "host", "auto")
+            ]
+            decode = " / ".join(f"{plan.decode(speeds).tokens_s:.3g}" for plan in plans)
+            prefill = " / ".join(f"{plan.prefill(speeds).tokens_s:.0f}" for plan in plans)
+            assert cell == (f"{decode}; {prefill}" if plans[0].streams else "all fits")
 
 
 def test_defaults_of_generate_in_its_table():
