@@ -39,7 +39,7 @@ class Swap:
         if self.batch > context:
             raise MossError(f"{self.batch} tokens a sweep do not fit a context of {context}")
         plan = self._plan(shape)
-        if not plan.streams:
+        if not plan.disk_bytes:  # or it stays in the slots
             raise MossError(f"nothing comes from the disk: everything fits in {gib(plan.peak)}, less than the budget")
         if page_cache.in_memory(folder):
             raise MossError(f"{folder}: is in memory and on no disk; choose another folder with --dir")
