@@ -29,6 +29,7 @@ import secrets
 import shutil
 import subprocess
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -181,6 +182,9 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+_DEVICE = threading.Lock()  # of which there is one, whichever thread launches
+
+
 class Kernels:
     """The wrappers of a library, each a method."""
 
@@ -200,6 +204,10 @@ class Kernels:
         return lambda *given, seed=None: self._call(name, given, seed)
 
     def _call(self, name: str, given: tuple, seed: int | None):
+        with _DEVICE:
+            return self._launched(name, given, seed)
+
+    def _launched(self, name: str, given: tuple, seed: int | None):
         parameters, library = self._functions[name], self._library
         assert len(given) == len(parameters), f"{name} takes {', '.join(p.text for p in parameters)}"
         seed = secrets.randbits(32) if seed is None else seed

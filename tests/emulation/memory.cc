@@ -37,7 +37,7 @@ struct Allocation {
 
 static constexpr size_t MEMORY = 128 << 20, GLOBAL = 1 << 20, GUARD = 64 << 10;
 static Region device;                 // dynamic shared memory at GUARD, and from GLOBAL on what is allocated
-static Region fixed;                  // __shared__ variables, which are this library's thread-local ones
+static Region fixed;                  // __shared__ variables, which are this library's thread-local ones, of whoever launches
 static char *image, *image_end;       // this library: its constants may be read
 static std::vector<Allocation> allocations;
 static char* next_free;
@@ -63,6 +63,7 @@ struct Index {
     unsigned long module, offset;
 };
 extern "C" void* __tls_get_addr(Index*);
+static Index thread_local_ones;
 
 static int find_library(dl_phdr_info* info, size_t, void*) {
     char *low = (char*)~0ull, *high = nullptr;
@@ -78,8 +79,8 @@ static int find_library(dl_phdr_info* info, size_t, void*) {
     for (int i = 0; i < info->dlpi_phnum; i++) {
         const auto& h = info->dlpi_phdr[i];
         if (h.p_type != PT_TLS) continue;
-        Index first{info->dlpi_tls_modid, 0};
-        fixed = region((char*)__tls_get_addr(&first), h.p_memsz);
+        thread_local_ones = {info->dlpi_tls_modid, 0};
+        fixed = region((char*)__tls_get_addr(&thread_local_ones), h.p_memsz);
     }
     return 1;
 }
@@ -341,6 +342,7 @@ using namespace moss_emulation;
 // Frees everything, and forgets what went wrong.
 EXPORT void emulation_begin(uint64_t seed, uint64_t most_shared) {
     start();
+    if (fixed.size) fixed.base = (char*)__tls_get_addr(&thread_local_ones);
     size_t used = next_free + GUARD - device.base;
     memset(device.state + GLOBAL, 0, used - GLOBAL);
     allocations.clear();

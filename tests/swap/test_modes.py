@@ -87,7 +87,9 @@ def test_as_in_float64(kernels, weights, monkeypatch, mode):
     cuda = device.install(monkeypatch, kernels, int(rng.integers(1 << 30)))
     monkeypatch.setattr("moss_jt.swap.placement._JITTOR_UNIT", 4096)  # or all would fit where one part does
     plan = replace(planned(weights, kv_cache, *MODES[mode]), streams_from=4)
-    on = gpu.Cuda(weights, plan, 1 << 40)
+    # Where the CPU may compute, and some blocks are streamed all the same, RAM is for the former: the others come from disk.
+    on = gpu.Cuda(weights, plan, plan.host_memory if {EITHER, STREAMED} <= set(plan.blocks) else 1 << 40)
+    assert bool(on.weights.from_disk) == ({EITHER, STREAMED} <= set(plan.blocks))
     model = Model(weights, CONTEXT, kv_cache=kv_cache, device=on)
     # Prompts of more than a chunk, single tokens and a few at once, so that auto changes between its ways again and again.
     for end in (21, 22, 23, 31, 32, 35, 40, 41):
