@@ -167,7 +167,8 @@ def _turns(plan: Plan) -> str:
     if plan.swap == "jittor":
         return "at a time, which is Jittor's limit"
     kept = f"; they keep {len(plan.kept)} blocks while the CPU computes" if plan.kept else ""
-    return f"that streamed weights take turns in{kept}{f'; {plan.slots} for lm_head' if plan.head_slot else ''}"
+    head = f"; {plan.slots} for lm_head" if plan.head_slot else ""
+    return f"that streamed weights take turns in{kept}{head}"
 
 
 def _blocks(plan: Plan) -> str:

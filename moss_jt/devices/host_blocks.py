@@ -64,7 +64,7 @@ class HostCache:
         """``shapes``: as parts_of has them, with dtypes. ``brought``: whether they ever go to the device."""
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
         self._parts = [cudart.pinned(n).view(dtype).reshape(shape) for n, (shape, dtype) in zip(sizes, shapes)]
-        self.layers, self._count = layers_of(self._parts), len(self._parts[0])
+        self.layers = layers_of(self._parts)
         self._turns, self._stream = [], cudart.Stream()
         if brought:
             self._turns = [_Turn([part[0].nbytes for part in self._parts]) for _ in range(SLOTS)]
@@ -72,7 +72,7 @@ class HostCache:
     def begin(self, table: np.ndarray, count: int) -> None:
         """A sweep begins, with these sequences, whose first ``count`` blocks are lent. What an interrupted one still computes
         comes first."""
-        self._table, self._lent = table.tolist(), count
+        self._table, self._count = table.tolist(), count
         if count:
             self._wait_for_kernels(self._turns[0])
             self._bring(0)
@@ -82,7 +82,7 @@ class HostCache:
         """Those of the i-th, one after the other from the first on: addresses on the device for what Jittor launches until the
         loan ends. The next one's are brought meanwhile."""
         turn = self._turns[i % SLOTS]
-        if i + 1 < self._lent:
+        if i + 1 < self._count:
             self._bring(i + 1)
         turn.there.wait_on_default()
         yield turn.addresses

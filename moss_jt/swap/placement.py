@@ -23,7 +23,7 @@ class Placement:
     head_slot: int  # of lm_head's parts, where blocks have the others for themselves
     come: bool  # whether what the CPU computes is sometimes streamed
     left: int  # bytes of the room that are not used; below zero: so many are wanting
-    brought: int  # bytes that come from elsewhere, about
+    cost: int  # of a token: bytes that the CPU would read in the same time, about
 
     @property
     def fits(self) -> bool:
@@ -64,8 +64,8 @@ def _streaming(s: Sizes, room: int, slot: int, few: int) -> Iterator[Placement]:
 
 def _jittor(s: Sizes, room: int, slot: int) -> Placement:
     slot = -(-slot // _JITTOR_UNIT) * _JITTOR_UNIT
-    brought = 2 * (s.n_layer * s.block + s.head)
-    return Placement(0, 0, max(ROWS, s.rows_in(slot)), slot, 0, False, room - s.blocks(0) - slot, brought)
+    cost = _LINK * (s.n_layer * s.block + s.head)
+    return Placement(0, 0, max(ROWS, s.rows_in(slot)), slot, 0, False, room - s.blocks(0) - slot, cost)
 
 
 def _placement(
@@ -80,10 +80,10 @@ def _placement(
     if s.most_on_host and host == elsewhere:
         kept = min(SLOTS, host) if come and (head_slot or not head) else 0
         filled = min(head, SLOTS * (head_slot or slot))
-        brought = max((host - kept) * s.block, _LINK * filled if host else 0) + _LINK * (head - filled)
+        cost = max((host - kept) * s.block, _LINK * filled if host else 0) + _LINK * (head - filled)
     else:
-        brought = _LINK * (elsewhere * s.block + head) - host * s.block
-    return Placement(blocks, rows, part_rows, slot, head_slot, come, left - s.head_rows(rows), brought)
+        cost = _LINK * ((elsewhere - host) * s.block + head) + host * s.block
+    return Placement(blocks, rows, part_rows, slot, head_slot, come, left - s.head_rows(rows), cost)
 
 
 def spread(streamed: int, blocks: int, head: float) -> tuple[str, ...]:

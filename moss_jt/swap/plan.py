@@ -233,9 +233,10 @@ def sweep_seconds(computing: list[float], reading: list[float], slots: int, apar
     """How long a sweep takes, one after the other, when step i computes for computing[i] seconds and, unless that is 0, needs
     what reading[i] seconds bring into one of the slots: what the ring does, in virtual time. ``apart``: the first step from
     which on parts have as many slots of their own."""
-    read = [i for i, seconds in enumerate(reading) if seconds]
+    apart = len(reading) if apart is None else apart
     after, there, disk = {}, {}, 0.0
-    for those in ([i for i in read if apart is None or i < apart], [i for i in read if apart is not None and i >= apart]):
+    for steps in (range(apart), range(apart, len(reading))):
+        those = [i for i in steps if reading[i]]
         after.update({i: those[(k + slots) % len(those)] for k, i in enumerate(those)})  # what takes its slot
         for i in those[:slots]:
             there[i] = disk = disk + reading[i]
@@ -259,7 +260,7 @@ def make_plan(
     swap: str = "stream",
     ram: int | None = None,
 ) -> Plan:
-    """The plan that brings least with a peak of at most ``budget`` bytes, of RAM or of a GPU's memory.
+    """The plan whose tokens cost least with a peak of at most ``budget`` bytes, of RAM or of a GPU's memory.
 
     coding: how the weights are stored. context: tokens to keep a cache for; kv_cache: in what, fp16 or int8. swap: what becomes
     of blocks that do not fit a GPU: ``stream``; ``unified``: the same, by moving pages; ``host``: the CPU computes them;
@@ -273,7 +274,7 @@ def make_plan(
     fitting = [placed for placed in placements(sizes, budget - sizes.fixed) if placed.fits]
     if not fitting:
         raise MossError(too_small(config, coding, context, f"a budget of {in_mib(budget)}", kv_cache, gpu, swap, ram))
-    best = min(fitting, key=lambda placed: placed.brought)
+    best = min(fitting, key=lambda placed: placed.cost)
     head, host = (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block, sizes.on_host(best.blocks)
     if host and best.come:
         blocks = in_pairs(host, config.n_layer - best.blocks - host, config.n_layer)
@@ -309,7 +310,7 @@ def less(plan: Plan, room: int) -> Plan | None:
     fitting = streaming if either else found
     if not fitting:
         return None
-    best = min(fitting, key=lambda placed: placed.brought)
+    best = min(fitting, key=lambda placed: placed.cost)
     others = iter(spread(n - best.blocks, n, (sizes.head - sizes.head_rows(best.head_rows)) / sizes.block))
     on_host = EITHER if either else HOST
     blocks = tuple(on_host if where in (HOST, EITHER) else next(others) for where in plan.blocks)

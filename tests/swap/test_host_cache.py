@@ -175,5 +175,5 @@ def test_a_mistake_would_be_seen(mistake):
 
 
 def begin_at_once(cache: HostCache, table: np.ndarray, count: int) -> None:
-    cache._table, cache._lent = table.tolist(), count
+    cache._table, cache._count = table.tolist(), count
     cache._bring(0)
